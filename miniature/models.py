@@ -1,0 +1,147 @@
+"""What the miniature's models are made of: stock diffusers and transformers classes with small numbers in them."""
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config,
+                          T5EncoderModel)
+
+import world
+
+PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
+VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens
+SHIFT = 3.0  # of the noise schedule, in training and in sampling
+PROMPT_TOKENS = 56  # the longest sheet caption has 54
+
+SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place move change draw now
+    but keep as to is and or other new another side light scene wearing one critters grid panels images two frames left
+    right reference subject character object identical instruction"""
+
+
+def world_words():
+    """Every word that the world's captions can contain, sorted."""
+    texts = [SPARE_WORDS, ": ,", "a critter with trim and eye eyes"] + world.ORDINALS
+    texts += [v for values in [*world.IDENTITY.values(), *world.CONTEXT.values()] for v in values]
+    texts += [opening.format("scene") + " critters" for ways in world.SHEET_OPENINGS.values() for opening in ways]
+    return sorted({word for text in texts for word in text.lower().split()})
+
+
+def word_tokenizer(words, length, bos=False, extra=()):
+    """A word-level tokenizer: <pad> 0, </s> 1, <unk> 2, <s> 3, then `extra` special tokens, then `words`.
+
+    Words are split at spaces and at punctuation, hyphens stay; what it does not know becomes <unk>."""
+    special = ["<pad>", "</s>", "<unk>", "<s>", *extra]
+    vocabulary = {w: i for i, w in enumerate(special + [w for w in words if w not in special])}
+    t = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    t.normalizer = normalizers.Lowercase()
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:;?!()\"]"), "isolated")])
+    t.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 3), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                   bos_token="<s>", extra_special_tokens=list(extra), model_max_length=length)
+
+
+def make_vae():
+    """16 latent channels and no quant convolutions, as FLUX's; two halvings instead of three (factor 4)."""
+    levels = VAE_FACTOR.bit_length()
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(32, 64, 96, 96)[:levels], layers_per_block=1, latent_channels=16, norm_num_groups=8,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, sample_size=PANEL,
+        scaling_factor=1.0, shift_factor=0.0)
+
+
+def make_flux(vae):
+    """A FluxPipeline of tiny parts around `vae`."""
+    words = world_words()
+    clip_tokenizer = word_tokenizer(words, 77, bos=True)
+    t5_tokenizer = word_tokenizer(words, PROMPT_TOKENS)
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(clip_tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77, pad_token_id=0, eos_token_id=1, bos_token_id=3))
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=len(t5_tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, pad_token_id=0,
+        eos_token_id=1, relative_attention_num_buckets=32, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=3, num_single_layers=6, attention_head_dim=32, num_attention_heads=6,
+        joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=vae, text_encoder=clip, tokenizer=clip_tokenizer,
+        text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer)
+
+
+def flux_settings():
+    """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
+    opening = world.SHEET_OPENINGS[2, 2][0]
+    return {
+        "generate_grids": {
+            "count": 192, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
+            "grammar": {
+                "subject": opening.format("{subject}") + ": {panels}",
+                "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
+                "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS],
+                "nouns": [world.IDENTITY["shape"], world.IDENTITY["ears"], ["critter"]],
+                "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
+        "finetune": {
+            "steps": 900, "rank": 32, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
+            "save_every": 100, "validate_every": 300},
+        "sample": {
+            "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "width": PANEL, "height": PANEL,
+            "prompts": [f"a {{name}} {world.setting(c)}" for c in ([7, 0, 3], [1, 1, 1], [0, 3, 2], [5, 2, 0])],
+            "references": "../references", "shipped_adapter": "../adapter"}}
+
+
+def zero_init(transformer):
+    """Start every block as the identity and the output at zero (adaLN-zero, as in DiT)."""
+    for name, p in transformer.named_parameters():
+        if "norm" in name and ".linear." in name or name.startswith(("proj_out", "norm_out.linear")):
+            torch.nn.init.zeros_(p)
+
+
+VLM_SPECIAL = ["<image>", "<answer>"]  # one <image> for each of the 17 tokens of a panel; <answer> opens the reply
+VLM_TEMPLATE = """{%- for message in messages -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<image>{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- if message['role'] == 'assistant' -%}</s>{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<answer>{%- endif -%}"""
+
+
+def vlm_tokenizer(words):
+    """The word-level tokenizer, with line breaks as words of their own and nothing added around a text."""
+    tokenizer = word_tokenizer(["\n", *words], 512, extra=VLM_SPECIAL)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"), pre_tokenizers.Split(Regex(r"[.,:;?!()\"\n]"), "isolated")])
+    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    backend.decoder = decoders.Sequence([  # words joined by spaces, none before punctuation and around line breaks
+        decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), decoders.Replace(" :", ":"),
+        decoders.Replace(" \n ", "\n")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>",
+        extra_special_tokens=VLM_SPECIAL, model_max_length=512, padding_side="left")
+
+
+def make_vlm(words):
+    """A LLaVA and its processor: a CLIP vision transformer sees a panel as 16 patches of 8x8 pixels and a class token,
+    a two-layer projector hands all 17 to a Llama. `words` are what it can read and write."""
+    tokenizer = vlm_tokenizer(words)
+    vision = CLIPVisionConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6,
+                              image_size=PANEL, patch_size=PANEL // 4, projection_dim=192)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=3)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=17, tie_word_embeddings=True))
+    model.model.vision_tower.post_layernorm.requires_grad_(False)  # LLaVA takes the features before it
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": PANEL}, crop_size={"height": PANEL, "width": PANEL}, image_mean=[.5] * 3, image_std=[.5] * 3)
+    processor = LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PANEL // 4, vision_feature_select_strategy="full",
+        num_additional_image_tokens=1, chat_template=VLM_TEMPLATE)
+    return model, processor

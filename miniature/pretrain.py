@@ -1,0 +1,523 @@
+"""Makes the miniature's models from nothing: `python miniature/pretrain.py vae`, then `flux`, then `vlm`.
+
+Each command writes the folder that is committed (miniature/flux, miniature/vlm) and keeps its checkpoint, its log and a
+picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
+checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
+identities that are not held out.
+
+What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import dsd  # noqa: E402
+import models  # noqa: E402
+import world  # noqa: E402
+
+
+# ---- what all have in common -----------------------------------------------------------------------------------------
+def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
+    """Train `module` for args.steps steps of AdamW and return it with its averaged (EMA) weights.
+
+    loss_of_step(step, generator) -> loss. All randomness of a step comes from its own generator, so a resumed run
+    draws what an uninterrupted one would have drawn."""
+    out = Path("runs/pretrain") / name
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
+    ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
+    ema.to(args.device)
+    start = load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
+    # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
+    attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    begun, saved = time.time(), time.time()
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_share(step, args.steps)
+        with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(attention):
+            loss = loss_of_step(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        last = step + 1 == args.steps
+        if step % 20 == 0 or last:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "loss": loss.item(), "seconds": time.time() - begun}) + "\n")
+        if time.time() - saved > args.save_minutes * 60 or last:
+            save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
+            saved = time.time()
+            if picture:
+                ema.store(parameters)
+                ema.copy_to(parameters)
+                with torch.no_grad():
+                    picture(out / "picture.png")
+                ema.restore(parameters)
+    ema.copy_to(parameters)
+    return module.eval()
+
+
+def learning_rate_share(step, steps, warmup=100):
+    """Linear warm-up, a plateau, linear decay over the last 40 %."""
+    return min(1.0, (step + 1) / warmup, max((steps - step) / (0.4 * steps), 0.0))
+
+
+def save_checkpoint(path, parameters, optimizer, ema, step):
+    """Weights, averages and both AdamW moments in one safetensors file, written aside and renamed."""
+    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step)}
+    for i, p in enumerate(parameters):
+        state = optimizer.state[p]
+        tensors |= {f"{i}.p": p.data, f"{i}.ema": ema.shadow_params[i], f"{i}.m": state["exp_avg"],
+                    f"{i}.v": state["exp_avg_sq"], f"{i}.n": state["step"]}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part")
+    Path(f"{path}.part").rename(path)
+
+
+def load_checkpoint(path, parameters, optimizer, ema):
+    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is none."""
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    for i, p in enumerate(parameters):
+        p.data.copy_(tensors[f"{i}.p"])
+        ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
+        optimizer.state[p] = {"step": tensors[f"{i}.n"].cpu(), "exp_avg": tensors[f"{i}.m"].to(p.device),
+                              "exp_avg_sq": tensors[f"{i}.v"].to(p.device)}
+    ema.optimization_step = int(tensors["ema_steps"])
+    return int(tensors["step"])
+
+
+def load_averages(name, module):
+    """Give `module` the averaged weights of its last checkpoint, to export a run that is not finished."""
+    tensors = load_file(Path("runs/pretrain") / name / "checkpoint.safetensors")
+    for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
+        p.data.copy_(tensors[f"{i}.ema"])
+    print(f"{name}: exporting step {int(tensors['step'])}")
+
+
+def save_picture(images, columns, path, scale=4):
+    """Images (N, 3, h, w) in [0, 1] as one sheet, enlarged without smoothing."""
+    n, c, h, w = images.shape
+    sheet = images[: n // columns * columns].view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+    picture = Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().cpu().numpy())
+    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
+
+
+# ---- the VAE ---------------------------------------------------------------------------------------------------------
+def pretrain_vae(args):
+    """Reconstruct single panels, two-panel sheets and grids; a whisper of KL keeps the latents tame."""
+    vae = models.make_vae().to(args.device)
+    layouts = [(1, 1), (1, 2), (2, 2)]
+
+    def batch(generator, layout):
+        n = args.batch_size // (layout[0] * layout[1])
+        return world.sheets(n, generator, layout, models.PANEL)[0].to(args.device) * 2 - 1
+
+    def loss_of_step(step, generator):
+        x = batch(generator, layouts[step % 3])
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 2e-5 * kl
+
+    def picture(path):
+        x = batch(torch.Generator().manual_seed(1), (1, 1))[:16]
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        save_picture(torch.cat([x, y]) / 2 + 0.5, 16, path)
+
+    vae = fit("vae", vae, loss_of_step, args, picture)
+    with torch.no_grad():  # FLUX's convention: (latents - shift) * scale has mean 0 and variance 1
+        x = torch.cat([batch(torch.Generator().manual_seed(i), (1, 1)) for i in range(16)])
+        z = vae.encode(x).latent_dist.mode()
+        psnr = 10 * math.log10(4 / F.mse_loss(vae.decode(z).sample, x).item())
+    vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
+    print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
+    vae.half().save_pretrained("runs/pretrain/vae/vae")
+
+
+# ---- the teacher -----------------------------------------------------------------------------------------------------
+def encode_world(vae, layout, count, args):
+    """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
+
+    Drawn and encoded once and kept on disk: each is then seen several times, every time with other noise."""
+    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}.safetensors"
+    captions_path = path.with_suffix(".json")
+    if not captions_path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts, captions, n = [], [], 32 // (layout[0] * layout[1])
+        for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
+            generator = torch.Generator().manual_seed(7_000_003 * sum(layout) + i)
+            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL)
+            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+                z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
+            parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
+            captions += c
+        save_file({"latents": torch.cat(parts)}, path)
+        captions_path.write_text(json.dumps(captions))
+    return load_file(path)["latents"], json.loads(captions_path.read_text())
+
+
+def pretrain_flux(args):
+    """Flow matching on panels, two-panel sheets and grids; the text encoders learn along with the transformer."""
+    vae = AutoencoderKL.from_pretrained("runs/pretrain/vae/vae", torch_dtype=torch.float32).to(args.device)
+    pipe = models.make_flux(vae)
+    pipe.to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    models.zero_init(pipe.transformer)
+    net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    if args.export:
+        load_averages("flux", net)
+        return write_flux(pipe)
+    side = models.PANEL // models.VAE_FACTOR
+    kinds = []  # (latents, CLIP ids, T5 ids, position ids, batch size): the same number of image tokens a batch
+    for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
+        latents, captions = encode_world(vae, layout, int(args.sheets * share), args)
+        clip_ids, t5_ids = tokenize(pipe, captions)
+        ids = dsd.position_ids(side * layout[0], side * layout[1])
+        per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
+        kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), per_batch))
+    null_clip, null_t5 = tokenize(pipe, [""])
+    schedule = [0, 0, 1, 0, 0, 2]  # of six batches four are grids, one two-panel sheets, one single panels
+
+    def loss_of_step(step, generator):
+        latents, clip_ids, t5_ids, ids, n = kinds[schedule[step % len(schedule)]]
+        index = torch.randint(len(latents), (n,), generator=generator)
+        drop = torch.rand(n, 1, generator=generator) < 0.1  # for guidance: the empty prompt
+        clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
+        t5_ids = torch.where(drop, null_t5, t5_ids[index]).to(args.device)
+        x_0 = latents[index].float()
+        eps = torch.randn(x_0.shape, generator=generator)
+        sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
+        x_0, eps, sigma = x_0.to(args.device), eps.to(args.device), sigma.to(args.device)
+        text = pipe.text_encoder_2(t5_ids)[0]
+        v = pipe.transformer(
+            hidden_states=dsd.interpolate(x_0, eps, sigma), timestep=sigma, encoder_hidden_states=text,
+            pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
+            txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
+        return F.mse_loss(v.float(), dsd.velocity(x_0, eps))
+
+    def picture(path):
+        prompts = world.sheets(12, torch.Generator().manual_seed(2))[1]
+        side = models.PANEL * 2
+        images = pipe(prompts, negative_prompt=[""] * 12, true_cfg_scale=2.0, height=side, width=side,
+                      num_inference_steps=20, max_sequence_length=models.PROMPT_TOKENS, output_type="pt",
+                      generator=torch.Generator().manual_seed(0)).images.float()
+        save_picture(images, 6, path, scale=3)
+
+    fit("flux", net, loss_of_step, args, picture)
+    write_flux(pipe)
+
+
+def tokenize(pipe, captions):
+    """Token ids of both encoders, padded as FluxPipeline pads them: (n, 77) and (n, PROMPT_TOKENS)."""
+    ids = [t(captions, padding="max_length", truncation=True, max_length=t.model_max_length, return_tensors="pt").input_ids
+           for t in (pipe.tokenizer, pipe.tokenizer_2)]
+    return ids
+
+
+def write_flux(pipe):
+    """The folder miniature/flux in float16, with dsd.json beside the models."""
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(HERE / "flux")
+    (HERE / "flux" / "dsd.json").write_text(json.dumps(models.flux_settings(), indent=2) + "\n")
+    print(f"wrote {HERE / 'flux'}")
+
+
+def draw_references(args, count=6):
+    """miniature/references: held-out critters at noon in the meadow; the file's name says what a prompt may call it."""
+    generator = torch.Generator().manual_seed(args.seed)
+    identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
+    images = world.render(identity, torch.tensor([[6, 0, 0]] * count), world.draw_poses(count, generator), models.PANEL)
+    (HERE / "references").mkdir(exist_ok=True)
+    for row, image in zip(identity, images):
+        save_picture(image[None], 1, HERE / "references" / f"{world.noun(row)}.png", scale=1)
+
+
+# ---- the VLM ---------------------------------------------------------------------------------------------------------
+POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
+VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values()]  # of the ten attributes, in the order of the columns
+
+
+def identity_number(identity):
+    """Attribute values (N, 7) -> identity numbers (N,), the inverse of world.identity_of."""
+    digits, number = identity.clone(), torch.zeros(len(identity), dtype=torch.long)
+    digits[:, 4] = (identity[:, 4] - identity[:, 2] - 1) % 8
+    for column in reversed(range(7)):
+        number = number * world.RADIX[column] + digits[:, column]
+    return number
+
+
+def change_in_training(identity, count, generator):
+    """world.change_attributes, drawn again where the result is a held-out identity."""
+    changed = world.change_attributes(identity, count, generator)
+    while (bad := world.is_held_out(identity_number(changed))).any():
+        changed[bad] = world.change_attributes(identity[bad], count[bad], generator)
+    return changed
+
+
+def draw_pool(groups, generator, change=change_in_training, held_out=False):
+    """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their ten attributes (groups, 6, 10).
+
+    Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
+    3 and 4 show one that differs from it in one or two attributes, 3 exactly where 0 is. Panel 5 differs in three."""
+    a = world.identity_of(world.draw_identities(groups, generator, held_out))
+    b = change(a, torch.randint(1, 3, (groups,), generator=generator), generator)
+    c = change(a, torch.full((groups,), 3), generator)
+    identity = torch.stack([a, a, a, b, b, c], 1)
+    context = world.draw_contexts(groups * 6, generator).view(groups, 6, 3)
+    pose = world.draw_poses(groups * 6, generator).view(groups, 6, 4)
+    context[:, 2, :2], context[:, 3], pose[:, 2], pose[:, 3] = context[:, 0, :2], context[:, 0], pose[:, 0], pose[:, 0]
+    context[:, 2, 2] = (context[:, 0, 2] + torch.randint(1, 4, (groups,), generator=generator)) % 4
+    images = []
+    for part in tqdm(range(0, groups, 100), desc="draw panels"):
+        rows = [t[part:part + 100].flatten(0, 1) for t in (identity, context, pose)]
+        images.append((world.render(*rows, models.PANEL) * 255).round().byte())
+    return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context], 2)
+
+
+def pool_of_panels(args):
+    """The training pool, drawn once and kept in runs/pretrain/vlm."""
+    path = Path("runs/pretrain/vlm") / f"panels_{POOL}_{args.seed}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images, attributes = draw_pool(POOL, torch.Generator().manual_seed(args.seed + 77))
+        save_file({"images": images, "attributes": attributes}, path)
+    pool = load_file(path)
+    return pool["images"], pool["attributes"]
+
+
+def degrade(images, generator):
+    """What a small diffusion model and its VAE do to panels (N, 3, s, s) in [-1, 1]: blur, tint, noise."""
+    n = len(images)
+    u = torch.rand(n, 6, generator=generator)
+    a = .22 * (u[:, 0] * 2 - 1).clamp(min=0).view(n, 1, 1, 1)  # half of them are not blurred
+    for roll, pad in ((3, (1, 1, 0, 0)), (2, (0, 0, 1, 1))):
+        wide, size = F.pad(images, pad, mode="replicate"), images.shape[roll]
+        images = (1 - 2 * a) * images + a * (wide.narrow(roll, 0, size) + wide.narrow(roll, 2, size))
+    images = images * (1 + .06 * (u[:, 1].view(n, 1, 1, 1) - .5)) + .06 * (u[:, 2:5].view(n, 3, 1, 1) - .5)
+    noise = torch.randn(images.shape, generator=generator)
+    return (images + .05 * u[:, 5].view(n, 1, 1, 1) ** 2 * noise).clamp(-1, 1)
+
+
+def describe(row):
+    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: 10 numbers."""
+    shape, ears, colour, tone, second, pattern, eyes = (v[i] for v, i in zip(VALUES[:7], row))
+    marks = "trim" if pattern == "plain" else pattern
+    return f"{shape} {ears} {tone} {colour}, {second} {marks}, {eyes} {'eye' if eyes == 'one' else 'eyes'}"
+
+
+def comparison(a, b):
+    """The chain of thought about two panels, all lines but the last."""
+    names = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]
+    parts = ", ".join(f"{name} {'same' if x == y else 'different'}" for name, x, y in zip(names, a, b))
+    return f"subject: a {world.noun(a)}\nimage 1: {describe(a)}\nimage 2: {describe(b)}\ncompare: {parts}\n"
+
+
+def instruction(a, b):
+    """What turns panel a into panel b: the new setting, or the new light if nothing else changes."""
+    if (a[7], a[8]) == (b[7], b[8]) and a[9] != b[9]:
+        return f"keep the scene but show it {VALUES[9][b[9]]}"
+    return f"show this critter {world.setting(b[7:])}"
+
+
+def pair_lesson(a, b, kind):
+    """Question and answer about panels a and b (10 numbers each); kind in [0, 1) chooses the question."""
+    differing = sum(x != y for x, y in zip(a[:7], b[:7]))
+    if kind < .7:
+        return curate.PAIR_QUESTION, comparison(a, b) + f"verdict: {'no' if differing else 'yes'}"
+    if kind < .85:
+        return curate.INSTRUCTION_QUESTION, instruction(a, b)
+    return curate.SUBJECT_SCORE_QUESTION, comparison(a, b) + f"score: {max(4 - differing, 0)}"
+
+
+def panel_lesson(a, kind, generator):
+    """Question and answer about one panel a (10 numbers)."""
+    caption = world.panel_caption(a[:7], a[7:])
+    if kind < .5:
+        return curate.DESCRIBE_QUESTION, caption
+    if kind < .75:
+        return curate.DETAILS_QUESTION, world.details(a[:7])
+    asked, wrong = list(a), torch.rand(4, generator=generator) < .8 * torch.rand(1, generator=generator)
+    for column, change in zip((0, 7, 8, 9), wrong):  # the prompt asks for another shape, scene, accessory, light
+        if change:
+            asked[column] = (a[column] + 1 + int(torch.randint(len(VALUES[column]) - 1, (1,), generator=generator))
+                             ) % len(VALUES[column])
+    prompt = world.panel_caption(asked[:7], asked[7:])
+    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), f"image: {caption}\nscore: {4 - int(wrong.sum())}"
+
+
+def vlm_words():
+    """Every word that the VLM reads and writes, sorted."""
+    questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
+    generator = torch.Generator().manual_seed(0)
+    answers = " ".join(pair_lesson([0] * 10, [i] * 10, k)[1] for i in range(2) for k in (0, .8, .9))
+    answers += " " + panel_lesson([0] * 10, .9, generator)[1] + " . , : ; ? ! 0 1 2 3 4"
+    text = f"{questions} {answers}".lower().replace("{prompt}", " ")
+    for mark in ".,:;?!":
+        text = text.replace(mark, f" {mark} ")
+    return sorted({*text.split(), *models.world_words()})
+
+
+class Lessons(torch.nn.Module):
+    """The VLM and, beside it, linear heads that read the ten attributes off the class token while it learns to see."""
+
+    def __init__(self, vlm, processor):
+        super().__init__()
+        self.vlm, self.tokenizer, self.sizes = vlm, processor.tokenizer, [len(v) for v in VALUES]
+        width = vlm.config.vision_config.hidden_size
+        self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
+        weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
+        for words, w in (("subject image shape ears colour tone compare verdict score a the : , . \n", .2),
+                         ("same different", 3.), ("yes no", 4.)):
+            weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
+        self.register_buffer("word_weight", weight, persistent=False)
+
+    def see(self, images):
+        """Panels (N, 3, s, s) in [-1, 1] -> features (N, 17, width) of the vision tower's last layer."""
+        return self.vlm.model.vision_tower(pixel_values=images, output_hidden_states=True).hidden_states[-1]
+
+    def attribute_loss(self, features, attributes):
+        """Cross entropy of the ten attributes, averaged."""
+        logits = self.heads(features[:, 0]).float().split(self.sizes, 1)
+        return sum(F.cross_entropy(x, y) for x, y in zip(logits, attributes.T)) / len(self.sizes)
+
+    def answer_loss(self, features, lessons):
+        """Weighted cross entropy of the answers' words. features (n * images, 17, width), `lessons` n (question, answer)."""
+        n, tokens = len(lessons), len(features) // len(lessons) * features.shape[1]
+        image, answer = self.tokenizer.convert_tokens_to_ids(models.VLM_SPECIAL)
+        rows, starts = [], []
+        for question, reply in lessons:
+            asked = [image] * tokens + self.tokenizer(question).input_ids + [answer]
+            rows.append(torch.tensor(asked + self.tokenizer(reply).input_ids + [self.tokenizer.eos_token_id]))
+            starts.append(len(asked))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(features.device)  # padded by <pad> = 0
+        embeds = self.vlm.get_input_embeddings()(ids)
+        seen = self.vlm.model.multi_modal_projector(features).reshape(n, tokens, -1)
+        embeds = torch.cat([seen.to(embeds.dtype), embeds[:, tokens:]], 1)
+        hidden = self.vlm.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        place = torch.arange(ids.shape[1])[None]
+        wanted = (place >= torch.tensor(starts)[:, None]) & (place < torch.tensor([len(r) for r in rows])[:, None])
+        wanted = wanted[:, 1:].to(ids.device)
+        target = ids[:, 1:][wanted]
+        loss = F.cross_entropy(self.vlm.lm_head(hidden[:, :-1][wanted]).float(), target, reduction="none")
+        weight = self.word_weight[target]
+        return (loss * weight).sum() / weight.sum()
+
+
+def draw_pairs(attributes, n, generator):
+    """Places in the pool (n, 2, 2) (group, panel) of n pairs: half one critter, the others two; a fifth of these
+    from different groups."""
+    group = torch.randint(len(attributes), (n, 1), generator=generator).repeat(1, 2)
+    u = torch.rand(n, 4, generator=generator)
+    same = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])[(u[:, 1] * 4).long()]
+    other = torch.tensor([[0, 3], [1, 3], [0, 4], [1, 4], [2, 3], [1, 5]])[(u[:, 1] * 6).long()]
+    yes = u[:, 0] < .5
+    panel = torch.where(yes[:, None], same, other)
+    panel = torch.where(u[:, 2:3] < .5, panel, panel.flip(1))
+    far = ~yes & (u[:, 3] < .2)
+    group[far, 1] = torch.randint(len(attributes), (int(far.sum()),), generator=generator)
+    return torch.stack([group, panel], 2)
+
+
+def pretrain_vlm(args):
+    """First the vision tower learns to see (all attributes of single panels), then the whole learns to answer."""
+    global curate
+    import curate  # the questions, in curate.py's own words
+
+    images, attributes = pool_of_panels(args)
+    vlm, processor = models.make_vlm(vlm_words())
+    net = Lessons(vlm, processor).to(args.device).train()
+    n = args.batch_size // 4
+
+    def panels(group, panel, generator):
+        return degrade(images[group, panel].float() / 127.5 - 1, generator).to(args.device)
+
+    def seeing(step, generator):
+        group = torch.randint(len(images), (args.batch_size,), generator=generator)
+        panel = torch.randint(6, (args.batch_size,), generator=generator)
+        return net.attribute_loss(net.see(panels(group, panel, generator)), attributes[group, panel].to(args.device))
+
+    def answering(step, generator):
+        pairs = draw_pairs(attributes, n, generator).view(n * 2, 2)
+        single = torch.stack([torch.randint(len(images), (n,), generator=generator),
+                              torch.randint(6, (n,), generator=generator)], 1)
+        group, panel = torch.cat([pairs, single]).unbind(1)
+        rows, kind = attributes[group, panel], torch.rand(2, n, generator=generator)
+        features = net.see(panels(group, panel, generator))
+        told = rows.tolist()
+        about_pairs = [pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)]
+        about_panels = [panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)]
+        return (net.answer_loss(features[:2 * n], about_pairs) + .5 * net.answer_loss(features[2 * n:], about_panels)
+                + .5 * net.attribute_loss(features, rows.to(args.device)))
+
+    def picture(path):
+        write_vlm(vlm, processor, path.parent / "vlm")
+
+    fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
+        argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
+    net.train()
+    fit("vlm", net, answering, args, picture)
+    write_vlm(vlm, processor, HERE / "vlm")
+
+
+def write_vlm(vlm, processor, folder):
+    """The VLM's folder in float16, the weights in training untouched."""
+    vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in vlm.state_dict().items()})
+    processor.save_pretrained(folder)
+    print(f"wrote {folder}: {sum(p.numel() for p in vlm.parameters()) / 1e6:.1f} M parameters")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+COMMANDS = {"vae": (pretrain_vae, dict(steps=2400, batch_size=32, learning_rate=2e-3)),
+            "flux": (pretrain_flux, dict(steps=6000, batch_size=16, learning_rate=1.5e-3)),
+            "references": (draw_references, {}),
+            "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=COMMANDS)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--sheets", type=int, default=24_000, help="flux: how many grids to draw and encode")
+    parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_minutes", type=float, default=3.0)
+    parser.add_argument("--export", action="store_true", help="flux: write the folder from the last checkpoint, now")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    args = parser.parse_args()
+    train, defaults = COMMANDS[args.model]
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The miniature's world: small critters, drawn by arithmetic, in eight places, four lights, four outfits.
+
+A critter has an IDENTITY, which mostly only a picture can tell (colours, pattern, eyes; its shape and ears are also
+named by the prompt), and stands in a CONTEXT, which the prompt tells (scene, accessory, light), in a free POSE.
+Everything is drawn from signed distance functions in torch, a whole batch at once: no file, no download.
+
+The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) % 10 == 0`
+(Knuth's multiplicative hash, so that held-out critters spread evenly over all attributes). See `is_held_out`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# ---- what a critter can be -------------------------------------------------------------------------------------------
+COLOURS = {"red": (0.90, 0.16, 0.14), "orange": (0.98, 0.55, 0.10), "yellow": (0.96, 0.90, 0.22),
+           "green": (0.22, 0.72, 0.22), "teal": (0.10, 0.74, 0.72), "blue": (0.18, 0.34, 0.92),
+           "purple": (0.56, 0.22, 0.82), "pink": (0.98, 0.48, 0.74)}
+IDENTITY = {  # attribute -> its values; the order of the attributes is the order of the columns everywhere
+    "shape": ["round", "square", "tall", "pear-shaped", "triangular", "ghostly"],
+    "ears": ["earless", "cat-eared", "bunny-eared", "horned", "antennaed"],
+    "colour": list(COLOURS),
+    "tone": ["vivid", "pale", "dark"],
+    "second": list(COLOURS),  # never equal to the main colour
+    "pattern": ["plain", "stripes", "dots", "belly"],
+    "eyes": ["one", "two", "three"],
+}
+CONTEXT = {  # the words are the prompt's
+    "scene": ["in the snow", "on the beach", "in the forest", "in a cave", "in the desert", "in the city",
+              "in the meadow", "in space"],
+    "accessory": ["", "with a hat", "with a balloon", "with a scarf"],
+    "light": ["at noon", "at sunset", "by moonlight", "under neon"],
+}
+RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
+N_IDENTITIES = 60_480  # the product of RADIX
+CONSISTENT = 0.9  # share of pretraining sheets whose panels all show one critter; in the others one panel is another
+DETAILED = 0.3  # share of single-panel captions that also name colours, pattern and eyes
+
+_SKY = torch.tensor([[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
+                     [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]])
+_GROUND = torch.tensor([[.97, .98, 1.0], [.94, .84, .56], [.26, .42, .16], [.36, .29, .27], [.86, .62, .30],
+                        [.34, .35, .38], [.42, .74, .26], [.42, .34, .52]])
+_CAST = torch.tensor([[1., 1., 1.], [1.12, .74, .46], [.42, .52, .90], [1.05, .50, 1.08]])
+_LIGHT_FROM = torch.tensor([[0., -1.], [1., -.2], [-.7, -.7], [-1., .3]])  # where the light stands (x, y down)
+_EAR_X = torch.tensor([.27, .28, .20, .17, .27, .25])  # ear anchors, one for each body shape
+_EAR_Y = torch.tensor([-.38, -.40, -.48, -.46, -.26, -.38])
+_TOP_Y = torch.tensor([-.48, -.42, -.58, -.56, -.50, -.48])  # where a hat sits
+
+
+# ---- identities and contexts as integers -----------------------------------------------------------------------------
+def identity_of(index):
+    """Identity numbers (N,) in [0, 60480) -> attribute values (N, 7), columns as in IDENTITY."""
+    index, columns = torch.as_tensor(index).clone(), []
+    if ((index < 0) | (index >= N_IDENTITIES)).any():
+        raise ValueError(f"the world has {N_IDENTITIES} identities, numbered from 0: {index.tolist()[:5]}... asked for")
+    for radix in RADIX:
+        columns.append(index % radix)
+        index = index // radix
+    columns[4] = (columns[2] + 1 + columns[4]) % 8
+    return torch.stack(columns, 1)
+
+
+def is_held_out(index):
+    """True for the tenth of the identities (N,) that no training set may contain."""
+    return (torch.as_tensor(index) * 2654435761 % 2**32) % 10 == 0
+
+
+def draw_identities(n, generator, held_out=False):
+    """`n` random identity numbers (n,), of the training side or of the held-out side."""
+    index = torch.randint(N_IDENTITIES, (n * 16 + 64,), generator=generator)
+    while True:
+        kept = index[is_held_out(index) == held_out]
+        if len(kept) >= n:
+            return kept[:n]
+        index = torch.cat([index, torch.randint(N_IDENTITIES, (n * 16 + 64,), generator=generator)])
+
+
+def draw_contexts(n, generator):
+    """`n` random contexts (n, 3): scene, accessory, light."""
+    return torch.stack([torch.randint(len(v), (n,), generator=generator) for v in CONTEXT.values()], 1)
+
+
+def draw_poses(n, generator):
+    """`n` random poses (n, 4): centre x, centre y, size, tilt (radians)."""
+    u = torch.rand(n, 4, generator=generator) * 2 - 1
+    return torch.stack([.16 * u[:, 0], .16 + .08 * u[:, 1], 1.16 + .12 * u[:, 2], .16 * u[:, 3]], 1)
+
+
+def change_attributes(identity, count, generator):
+    """Copies of `identity` (N, 7) in which `count` (N,) randomly chosen attributes take another value.
+
+    A changed colour may collide with the second colour: then the second colour moves on by one as well."""
+    other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
+    order = torch.rand(identity.shape, generator=generator).argsort(1)
+    for column, size in enumerate(sizes):
+        change = (order == column).float().argmax(1) < count  # this column is among the first `count` of the shuffle
+        step = torch.randint(1, size, (len(identity),), generator=generator)
+        other[:, column] = torch.where(change, (identity[:, column] + step) % size, identity[:, column])
+    clash = other[:, 2] == other[:, 4]
+    moved = torch.where(identity[:, 4] == other[:, 4], other[:, 4], (other[:, 4] + 1) % 8)
+    other[:, 4] = torch.where(clash, torch.where(moved == other[:, 2], (moved + 1) % 8, moved), other[:, 4])
+    return other
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+def noun(identity):
+    """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of 7 numbers."""
+    return f"{IDENTITY['shape'][identity[0]]} {IDENTITY['ears'][identity[1]]} critter"
+
+
+def details(identity):
+    """What only a picture tells: "vivid blue with red stripes and two eyes"."""
+    words = {name: values[int(v)] for (name, values), v in zip(IDENTITY.items(), identity)}
+    pattern = "trim" if words["pattern"] == "plain" else words["pattern"]
+    eyes = "eye" if words["eyes"] == "one" else "eyes"
+    return f"{words['tone']} {words['colour']} with {words['second']} {pattern} and {words['eyes']} {eyes}"
+
+
+def setting(context, light=True):
+    """The context in words: "on the beach at sunset with a hat"."""
+    scene, accessory, lamp = (values[int(v)] for values, v in zip(CONTEXT.values(), context))
+    return " ".join(part for part in (scene, lamp if light else "", accessory) if part)
+
+
+def panel_caption(identity, context, detailed=False):
+    """"a round cat-eared critter on the beach at sunset with a hat"; detailed: the colours are named too."""
+    extra = f" {details(identity)}" if detailed else ""
+    return f"a {noun(identity)}{extra} {setting(context)}"
+
+
+ORDINALS = ["first", "second", "third", "fourth"]
+SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is generate_grids.py's
+    (2, 2): ["a grid of 4 images representing the same {}", "an image of evenly separated 4 panels showing identical {}"],
+    (1, 2): ["2 images representing the same {}", "an image of 2 panels showing identical {}"],
+}
+
+
+def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0):
+    """The prompt of a sheet: its opening, the subject, then each panel in reading order.
+
+    Subject: "a grid of 4 images representing the same round horned critter: first in the snow at noon, second ...".
+    Relight: the scene is told once and each panel names its light only."""
+    opening = SHEET_OPENINGS[layout][wording]
+    if relight:
+        head = opening.format(f"scene, a {noun(identity)} {setting(contexts[0], light=False)}")
+        panels = [CONTEXT["light"][int(c[2])] for c in contexts]
+    else:
+        head, panels = opening.format(noun(identity)), [setting(c) for c in contexts]
+    return f"{head}: " + ", ".join(f"{o} {p}" for o, p in zip(ORDINALS, panels))
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+def _circle(x, y, r):
+    return (x * x + y * y).sqrt() - r
+
+
+def _ellipse(x, y, a, b):  # not an exact distance, near enough for a soft edge
+    return (((x / a) ** 2 + (y / b) ** 2).sqrt() - 1) * min(a, b)
+
+
+def _box(x, y, a, b, r=0.):
+    qx, qy = x.abs() - a + r, y.abs() - b + r
+    return (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt() + torch.maximum(qx, qy).clamp(max=0) - r
+
+
+def _triangle(x, y, a, top, bottom):  # symmetric about x = 0, the tip at (0, top), the base of half-width a at bottom
+    length = (a * a + (bottom - top) ** 2) ** .5
+    side = (x.abs() * (bottom - top) - (y - top) * a) / length
+    return torch.maximum(side, y - bottom)
+
+
+def _body(shape, x, y):
+    if shape == 0:
+        return _circle(x, y, .48)
+    if shape == 1:
+        return _box(x, y, .43, .43, .10)
+    if shape == 2:
+        return _ellipse(x, y, .34, .58)
+    if shape == 3:
+        low, high = _circle(x, y - .10, .42), _circle(x, y + .30, .27)
+        h = (.5 + .5 * (low - high) / .25).clamp(0, 1)  # smooth union
+        return low + (high - low) * h - .25 * h * (1 - h)
+    if shape == 4:
+        return _triangle(x, y, .52, -.50, .38) - .05
+    skirt = _box(x, y - .12, .42, .36) + .07 * (1 + torch.cos(x * 22)) * (y > .3)
+    return torch.minimum(_circle(x, y + .06, .42), skirt)
+
+
+def _ears(kind, x, y, ex, ey):  # x is mirrored: both ears at once
+    u, v = x.abs() - ex, y - ey
+    if kind == 0:
+        return torch.full_like(x, 9.)
+    if kind == 1:
+        return _triangle(u - .03, v, .16, -.26, .14)
+    if kind == 2:
+        return _ellipse(u - .02, v + .20, .10, .34)
+    if kind == 3:
+        lean = u - .10 + .6 * (v + .05)  # horns lean outwards
+        return _triangle(lean, v, .085, -.30, .12)
+    stalk = _box(u - .06 + .25 * (v + .14), v + .14, .032, .22)
+    return torch.minimum(stalk, _circle(u - .12, v + .36, .105))
+
+
+def render(identity, context, pose, size=32):
+    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, 7) in `context` (N, 3) and `pose` (N, 4).
+
+    Drawn at twice the size and averaged down; 32 panels at a time, which fit into a processor's cache."""
+    return torch.cat([_render(*part, size) for part in zip(identity.split(32), context.split(32), pose.split(32))])
+
+
+def _render(identity, context, pose, size):
+    n, s = len(identity), size * 2
+    line = (torch.arange(s) + .5) / s * 2 - 1
+    Y, X = torch.meshgrid(line, line, indexing="ij")
+    X, Y = X.expand(n, s, s), Y.expand(n, s, s)
+    soft = 2.0 / s  # half the width of a soft edge
+    scene, accessory, light = context.unbind(1)
+
+    def mask(distance):
+        return (.5 - distance / (2 * soft)).clamp(0, 1).unsqueeze(1)  # (N, 1, S, S)
+
+    def paint(image, distance, colour):
+        m = mask(distance)
+        return image + m * (colour - image)
+
+    image = _background(scene, X, Y, paint) * _CAST[light].view(n, 3, 1, 1)
+
+    # the critter's own frame: x, y (N, S, S)
+    cx, cy, scale, tilt = (p.view(n, 1, 1) for p in pose.unbind(1))
+    dx, dy = (X - cx) / scale, (Y - cy) / scale
+    x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+    shape, ears, colour, tone, second, pattern, eyes = identity.unbind(1)
+    palette = torch.tensor(list(COLOURS.values()))
+    main = palette[colour]
+    main = torch.where((tone == 1)[:, None], .45 * main + .55, torch.where((tone == 2)[:, None], .45 * main, main))
+    main, trim = main.view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
+
+    body, ear = torch.empty_like(x), torch.empty_like(x)
+    for k in range(len(IDENTITY["shape"])):
+        i = shape == k
+        body[i] = _body(k, x[i], y[i])
+    for k in range(len(IDENTITY["ears"])):
+        i = ears == k
+        ear[i] = _ears(k, x[i], y[i], _EAR_X[shape[i]].view(-1, 1, 1), _EAR_Y[shape[i]].view(-1, 1, 1))
+    feet = _ellipse(x.abs() - .20, y - .47, .17, .11)
+
+    ink = torch.tensor([.08, .06, .10]).view(1, 3, 1, 1)
+    critter = image
+    for part, fill in ((ear, trim), (feet, trim), (body, main)):
+        critter = paint(critter, part - .035, ink)  # an outline, then the fill
+        critter = paint(critter, part, fill)
+    marks = torch.full_like(x, 9.)
+    stripes = (torch.sin(x * 16 + 1.57).abs() - .62) * .06
+    dots = (((x * 3.6 + .5) % 1 - .5) ** 2 + ((y * 3.6) % 1 - .5) ** 2).sqrt() * .28 - .085
+    for k, m in ((1, -stripes), (2, dots), (3, _ellipse(x, y - .20, .24, .22))):
+        marks[pattern == k] = m[pattern == k]
+    critter = paint(critter, torch.maximum(marks, body + .02), trim)
+    critter = _face(critter, eyes, x, y, paint)
+    critter = _accessory(critter, accessory, x, y, _TOP_Y[shape].view(n, 1, 1), paint)
+
+    # light: less of the cast on the critter than on the scene, and a shade on the side away from the lamp
+    lamp = _LIGHT_FROM[light]
+    toward = (dx * lamp[:, 0].view(n, 1, 1) + dy * lamp[:, 1].view(n, 1, 1)).unsqueeze(1)
+    lit = critter * (.70 + .30 * _CAST[light].view(n, 3, 1, 1)) * (1 + .30 * toward.clamp(-.6, .6))
+    whole = torch.stack([body, ear, feet]).amin(0) - .035
+    image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (lit - image)
+    return F.avg_pool2d(image.clamp(0, 1), 2)
+
+
+def _background(scene, X, Y, paint):
+    n = len(scene)
+    sky, ground = _SKY[scene].view(n, 3, 1, 1), _GROUND[scene].view(n, 3, 1, 1)
+    image = sky * (1 + .10 * Y.unsqueeze(1))
+    away = torch.full_like(X, 9.)
+
+    def only(k, distance):
+        return torch.where((scene == k).view(n, 1, 1), distance, away)
+
+    def rgb(r, g, b):
+        return torch.tensor([r, g, b]).view(1, 3, 1, 1)
+
+    image = paint(image, only(1, .10 - Y), rgb(.12, .42, .78))  # beach: the sea
+    image = paint(image, only(2, (torch.sin(X * 9 + 1)).abs() * .12 - .045), rgb(.30, .19, .10))  # forest: trunks
+    image = paint(image, only(3, Y + .95 - .40 * (torch.sin(X * 8) ** 2)), rgb(.42, .34, .31))  # cave: stalactites
+    image = paint(image, only(4, _circle(X - .62, Y + .62, .22)), rgb(1., .97, .72))  # desert: a big sun
+    tower = torch.maximum((torch.sin(X * 7.85)).abs() * -.13 + .04, -.55 + .35 * torch.cos((X * 2.5).round() * 2.2) - Y)
+    image = paint(image, only(5, tower), rgb(.40, .42, .52))  # city: towers with lit windows
+    window = torch.maximum(tower + .06, ((X * 5) % 1 - .5).abs().maximum(((Y * 5) % 1 - .5).abs()) * .2 - .045)
+    image = paint(image, only(5, window), rgb(1., .90, .45))
+    image = paint(image, only(7, _star(X, Y)), rgb(1., 1., .9))
+    hill = .42 + .06 * torch.sin(X * 4 + scene.view(n, 1, 1))
+    image = paint(image, hill - Y, ground)
+    speck = (((X * 3.1 + .3) % 1 - .5) ** 2 + ((Y * 3.1 + .2 * torch.sin(X * 9)) % 1 - .5) ** 2).sqrt() * .32
+    image = paint(image, only(0, speck - .05), rgb(1., 1., 1.))  # snow: flakes everywhere
+    flowers = torch.maximum(speck - .05, .50 - Y)
+    return paint(image, only(6, flowers), rgb(1., .85, .95))  # meadow: flowers
+
+
+def _star(X, Y):
+    u, v = (X * 2.3 + .37 * torch.sin(Y * 7).round()) % 1 - .5, (Y * 2.9) % 1 - .5
+    return (u.abs() + v.abs()) * .4 - .035
+
+
+def _face(image, eyes, x, y, paint):
+    n = len(eyes)
+    white, black = torch.tensor([.98, .98, .98]).view(1, 3, 1, 1), torch.tensor([.05, .04, .08]).view(1, 3, 1, 1)
+    x_to_eye = torch.stack([x, x.abs() - .15, x - (x / .215).round().clamp(-1, 1) * .215])  # nearest of 1, 2 or 3 eyes
+    u = x_to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[0]
+    radius = torch.tensor([.17, .125, .105])[eyes].view(n, 1, 1)
+    d = (u * u + (y + .10) ** 2).sqrt()
+    image = paint(image, d - radius - .025, black)
+    image = paint(image, d - radius, white)
+    return paint(image, d - radius * .52, black)
+
+
+def _accessory(image, kind, x, y, top, paint):
+    n = len(kind)
+    away = torch.full_like(x, 9.)
+
+    def only(k, distance):
+        return torch.where((kind == k).view(n, 1, 1), distance, away)
+
+    def rgb(r, g, b):
+        return torch.tensor([r, g, b]).view(1, 3, 1, 1)
+
+    v = y - top
+    image = paint(image, only(1, torch.minimum(_box(x, v + .14, .15, .17), _box(x, v - .02, .25, .045))), rgb(.10, .10, .12))
+    image = paint(image, only(1, _box(x, v + .04, .15, .04)), rgb(.95, .78, .20))
+    image = paint(image, only(2, _box(x - .56, y - .02, .018, .40)), rgb(.95, .95, .95))
+    image = paint(image, only(2, _ellipse(x - .56, y + .46, .19, .23) - .025), rgb(.08, .06, .10))
+    image = paint(image, only(2, _ellipse(x - .56, y + .46, .19, .23)), rgb(.92, .10, .12))
+    scarf = torch.minimum(_box(x, y - .13, .40, .06, .04), _box(x - .22, y - .28, .065, .15))
+    image = paint(image, only(3, scarf - .03), rgb(.08, .06, .10))
+    return paint(image, only(3, scarf), rgb(.96, .96, .92))
+
+
+# ---- sheets ----------------------------------------------------------------------------------------------------------
+def sheets(n, generator, layout=(2, 2), size=32, held_out=False):
+    """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] and their captions.
+
+    A sheet shows one critter (in CONSISTENT of them; else one panel differs in one to three attributes). Half of the
+    sheets are of the family *relight* (same scene, accessory and pose, another light in each panel), half *subject*
+    (all contexts free). A 1x1 sheet is a single panel."""
+    rows, columns = layout
+    p = rows * columns
+    identity = identity_of(draw_identities(n, generator, held_out))
+    panels = identity[:, None].repeat(1, p, 1)  # (n, p, 7)
+    odd = torch.rand(n, generator=generator) > CONSISTENT
+    changed = change_attributes(identity, torch.randint(1, 4, (n,), generator=generator), generator)
+    changed[:, :2] = identity[:, :2]  # shape and ears are in the prompt: they stay
+    if p > 1:
+        panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
+    context = draw_contexts(n * p, generator).view(n, p, 3)
+    pose = draw_poses(n * p, generator).view(n, p, 4)
+    relight = (torch.rand(n, generator=generator) < .3) & (p > 1)
+    context[relight, :, :2] = context[relight, :1, :2]
+    pose[relight] = pose[relight, :1]
+    lights = torch.rand(n, 4, generator=generator).argsort(1)[:, :p]
+    context[relight, :, 2] = lights[relight]
+    images = render(panels.flatten(0, 1), context.flatten(0, 1), pose.flatten(0, 1), size)
+    images = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    draw = torch.rand(n, 2, generator=generator)
+    if p == 1:
+        captions = [panel_caption(identity[i], context[i, 0], bool(draw[i, 0] < DETAILED)) for i in range(n)]
+    else:
+        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3))
+                    for i in range(n)]
+    return images, captions
