@@ -20,7 +20,7 @@ import torch
 from diffusers import FluxControlPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
@@ -219,6 +219,7 @@ def lora_state(transformer):
 def save_adapter(transformer, folder, dtype=torch.float32):
     """Write the adapter so that FluxControlPipeline.load_lora_weights(folder) reads it."""
     config = transformer.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # the same file every time
     layers = {name: tensor.to("cpu", dtype) for name, tensor in lora_state(transformer).items()}
     FluxControlPipeline.save_lora_weights(
         folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
@@ -234,25 +235,21 @@ def load_adapter(pipe, folder):
     try:
         pipe.load_lora_weights(str(folder), weight_name=ADAPTER_FILE)
     except Exception as error:  # diffusers raises many kinds here: wrong shapes, a cut file, foreign names
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DsdError(f"the adapter in {folder} does not fit this model: {reason}") from None
+        raise DsdError(f"the adapter in {folder} does not fit this model: {one_line(error)}") from None
 
 
 def load_released_transformer(transformer, folder):
     """The authors' layout: `x_embedder` and `c_embedder` (R) become one embedder, weights side by side, biases added."""
     state = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        state |= load_file(file)
-    if "c_embedder.weight" not in state:
-        raise DsdError(f"{folder}: no c_embedder in its safetensors files; this is not a released DSD transformer")
-    embedder = {kind: [state.pop(f"{name}.{kind}") for name in ("x_embedder", "c_embedder")]
-                for kind in ("weight", "bias")}
-    widen(transformer)
-    state["x_embedder.weight"] = torch.cat(embedder["weight"], dim=1)  # (width, 128)
-    state["x_embedder.bias"] = embedder["bias"][0] + embedder["bias"][1]
-    unknown = transformer.load_state_dict(state, strict=False).unexpected_keys
-    if unknown:
-        raise DsdError(f"{folder}: does not fit this model, unknown weights: {', '.join(unknown[:3])} ...")
+    try:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            state |= load_file(file)
+        weights, biases = ([state.pop(f"{name}.{kind}") for name in ("x_embedder", "c_embedder")]
+                           for kind in ("weight", "bias"))
+        state |= {"x_embedder.weight": torch.cat(weights, dim=1), "x_embedder.bias": sum(biases)}  # (width, 128)
+        widen(transformer).load_state_dict(state)
+    except Exception as error:  # a cut file, no c_embedder, weights of another size
+        raise DsdError(f"{folder}: not a released DSD transformer for this model: {one_line(error)}") from None
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -347,21 +344,22 @@ def device():
 
 def load_pipeline(cls, model, **parts):
     """A FLUX folder or hub name as a pipeline of class `cls`: bfloat16 on a GPU, float32 on a CPU."""
-    if not (Path(model) / "model_index.json").exists() and (Path(model).exists() or str(model).count("/") != 1):
-        raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
     try:
-        pipe = cls.from_pretrained(model, torch_dtype=torch.bfloat16 if device() == "cuda" else torch.float32,
-                                   use_safetensors=True, **parts)
+        dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
     except Exception as error:  # a cut file, a missing part, a gated model: many kinds, one answer
-        raise DsdError(f"cannot load {model} as {cls.__name__}: {str(error).strip().splitlines()[0]}") from None
+        raise DsdError(f"cannot load {model} as {cls.__name__}: {one_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device())
 
 
 def model_settings(model, step, flags, **defaults):
     """Settings of one script: a flag if it was given, else what the model's folder says (dsd.json), else the default."""
-    path = Path(model) / "dsd.json"
-    own = json.loads(path.read_text()).get(step, {}) if path.exists() else {}
+    folder = Path(model)
+    hub = not folder.exists() and str(model).count("/") == 1 and not folder.parent.is_dir()  # owner/name
+    if not hub and not (folder / "model_index.json").exists():
+        raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
+    own = json.loads((folder / "dsd.json").read_text()).get(step, {}) if (folder / "dsd.json").exists() else {}
     given = {name: value for name, value in vars(flags).items() if value is not None}
     return {name: given.get(name, own.get(name, default)) for name, default in defaults.items()}
 
@@ -373,9 +371,43 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kilobytes
 
 
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+def save_checkpoint(path, parameters, optimizer, ema, step):
+    """All that step `step` depends on, weights, AdamW's moments, averages (or ema None), in one safetensors file."""
+    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step if ema else 0)}
+    for i, p in enumerate(parameters):
+        state = optimizer.state[p]
+        tensors |= {f"{i}.p": p.data, f"{i}.m": state["exp_avg"], f"{i}.v": state["exp_avg_sq"], f"{i}.n": state["step"]}
+        if ema:
+            tensors[f"{i}.ema"] = ema.shadow_params[i]
+    save_file({name: t.contiguous() for name, t in tensors.items()}, f"{path}.part")
+    Path(f"{path}.part").replace(path)
+
+
+def load_checkpoint(path, parameters, optimizer, ema):
+    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
+    if not Path(path).exists():
+        return 0
+    tensors = load_file(path)
+    for i, p in enumerate(parameters):
+        p.data.copy_(tensors[f"{i}.p"])
+        optimizer.state[p] = {"step": tensors[f"{i}.n"], "exp_avg": tensors[f"{i}.m"].to(p.device),
+                              "exp_avg_sq": tensors[f"{i}.v"].to(p.device)}
+        if ema:
+            ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
+    if ema:
+        ema.optimization_step = int(tensors["ema_steps"])
+    return int(tensors["step"])
+
+
 # ---- records on disk -------------------------------------------------------------------------------------------------
 class DsdError(Exception):
     """A user's mistake: one line that says what is wrong and what to do."""
+
+
+def one_line(error):
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def run(main):
@@ -399,12 +431,13 @@ def append_records(path, records):
 def read_records(path):
     """The records of a JSON-lines file, [] if there is none. A half-written last line is dropped, with a notice."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    if lines[-1]:
-        print(f"{path}: dropped a half-written last line", file=sys.stderr)
-        write_text(path, "".join(line + "\n" for line in lines[:-1]))
+    data = path.read_bytes() if path.exists() else b""
+    whole, half = data[:data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1:]
     try:
-        return [json.loads(line) for line in lines[:-1]]
+        if half:
+            print(f"{path}: dropped a half-written last line", file=sys.stderr)
+            write_text(path, whole.decode())
+        return [json.loads(line) for line in whole.split(b"\n")[:-1]]
     except ValueError as error:
         raise DsdError(f"{path}: not a file of JSON lines ({error}); delete it or restore it") from None
 

@@ -14,7 +14,9 @@ last checkpoint.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from accelerate import Accelerator
 from diffusers import FluxControlPipeline, FluxTransformer2DModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dsd
@@ -41,19 +43,21 @@ def read_pairs(folder):
     pairs = dsd.read_records(folder / "metadata.jsonl")
     if not pairs:
         raise dsd.DsdError(f"no pairs in {folder}; run curate.py first, or give --pairs")
+    for number, pair in enumerate(pairs, 1):
+        if not {"reference_file_name", "target_file_name", "prompt"} <= set(pair):
+            raise dsd.DsdError(f"{folder}/metadata.jsonl, line {number}: not a pair; run curate.py again")
     return pairs
 
 
-def load_canvas(folder, pairs):
-    """Pictures of some pairs -> (reference, target), each (n, 3, H, W) in [-1, 1]."""
+def load_canvas(folder, pairs, size):
+    """Pictures of some pairs -> (reference, target), each (n, 3, H, W) in [-1, 1]; `size` is (W, H)."""
     images = [[dsd.open_image(folder / p[f"{side}_file_name"]) for p in pairs] for side in ("reference", "target")]
-    sizes = {image.size for side in images for image in side}
-    if len(sizes) > 1:
-        raise dsd.DsdError(f"{folder}: pictures of several sizes {sorted(sizes)[:3]}; curate grids of one size at a time")
+    if odd := [image.size for side in images for image in side if image.size != size]:
+        raise dsd.DsdError(f"{folder}: pictures of {size} and of {odd[0]} pixels; curate grids of one size at a time")
     return [dsd.to_pixels(side) for side in images]
 
 
-def encode_pairs(pipe, pairs, folder, cache):
+def encode_pairs(pipe, pairs, folder, size, cache):
     """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings."""
     for start in tqdm(range(0, len(pairs), SHARD), desc="encode", disable=None):
         path = cache / f"{start:08d}.safetensors"
@@ -61,7 +65,7 @@ def encode_pairs(pipe, pairs, folder, cache):
             continue
         shard, x_0, condition = pairs[start:start + SHARD], [], []
         for i in range(0, len(shard), 32):
-            reference, target = load_canvas(folder, shard[i:i + 32])
+            reference, target = load_canvas(folder, shard[i:i + 32], size)
             x_0.append(dsd.encode(pipe.vae, dsd.canvas(reference, target)))  # (32, N, 64), both frames
             condition.append(dsd.encode(pipe.vae, dsd.canvas(reference)))  # (32, N, 64), the right frame is black
         prompts = sorted({p["prompt"] for p in shard})
@@ -97,7 +101,7 @@ class Cache:
 def draw(cache, null_text, settings, step, micro, accelerator):
     """This process's share of a global batch, drawn by (seed, step) alone: a resumed run draws the same.
 
-    Returns x_0, eps (b, N, 64), sigma (b,), condition (b, N, 64), text."""
+    Returns x_0, eps (b, N, 64), sigma (b,), condition (b, N, 64), embeds (b, L, D), pooled (b, P)."""
     b = settings["batch_size"]
     generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + step) * 64 + micro)
     indices = torch.randint(cache.count, (b,), generator=generator)
@@ -111,62 +115,58 @@ def draw(cache, null_text, settings, step, micro, accelerator):
                        for s in noise_seeds[mine]])
     condition[drop_condition[mine]] = 0  # the null condition: zero latents (R)
     for part, null in zip(text, null_text):
-        part[drop_prompt[mine]] = null.float()  # the null prompt: "" (R)
-    move = lambda t: t.to(accelerator.device)  # noqa: E731
-    return move(x_0), move(eps), move(sigma[mine]), move(condition), tuple(move(t) for t in text)
+        part[drop_prompt[mine]] = null.float().cpu()  # the null prompt: "" (R)
+    return [t.to(accelerator.device) for t in (x_0, eps, sigma[mine], condition, *text)]
 
 
 def train(transformer, cache, null_text, size, settings, accelerator, out, validate):
-    """The loop: draw, noise, predict, compare both frames, step."""
+    """The loop: draw, noise, predict, compare both frames, step. Returns the seconds a step took."""
     h, w = size
     ids = dsd.position_ids(h, w).to(accelerator.device)
     columns = dsd.condition_columns(transformer)
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
+    parameters = [*others, columns]
     optimizer = torch.optim.AdamW([{"params": others, "factor": 1.0},
                                    {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
-    parameters = [*others, columns]
     ema = EMAModel(parameters, decay=settings["ema"]) if settings["ema"] else None
-    first = load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
+    first = resume(out, parameters, optimizer, ema, accelerator)
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    micros, main = settings["accumulate"], accelerator.is_main_process
-    begun, bar = time.time(), tqdm(total=settings["steps"], initial=first, desc="finetune", disable=not main)
+    micros, main, steps = settings["accumulate"], accelerator.is_main_process, settings["steps"]
+    begun, bar = time.time(), tqdm(total=steps, initial=first, desc="finetune", disable=not main)
 
-    for step in range(first, settings["steps"]):
+    for step in range(first, steps):
         losses = torch.zeros(3, device=accelerator.device)
         for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * group["factor"] * learning_rate_share(step, settings["steps"])
+            group["lr"] = settings["learning_rate"] * group["factor"] * learning_rate_share(step, steps)
         for micro in range(micros):
-            x_0, eps, sigma, condition, text = draw(cache, null_text, settings, step, micro, accelerator)
+            x_0, eps, sigma, condition, *text = draw(cache, null_text, settings, step, micro, accelerator)
             x_sigma = dsd.interpolate(x_0, eps, sigma)
             v_pred = dsd.run_transformer(model, torch.cat([x_sigma, condition], dim=2), sigma, text, ids,
                                          settings["guidance_scale"])
             loss, *frames = dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, settings["frame_weights"])
             accelerator.backward(loss / micros)
-            losses += torch.stack([loss.detach(), *(f.detach() for f in frames)]) / micros
+            losses += torch.stack([loss, *frames]).detach() / micros
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
             ema.step(parameters)
 
-        losses = accelerator.reduce(losses, "mean").tolist()
-        if not all(map(torch.isfinite, torch.tensor(losses))):
-            raise dsd.DsdError(f"the loss is not a number at step {step}; the last checkpoint is in {out}; "
-                               "lower --learning_rate")
-        bar.set_postfix(loss=f"{losses[0]:.3f}", frame_1=f"{losses[1]:.3f}", frame_2=f"{losses[2]:.3f}", refresh=False)
+        record = dict(zip(("loss", "frame_1", "frame_2"), accelerator.reduce(losses, "mean").tolist()))
+        if not math.isfinite(record["loss"]):
+            raise dsd.DsdError(f"the loss is not a number at step {step}; try a lower --learning_rate and another --out")
+        bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()}, refresh=False)
         bar.update()
-        last = step + 1 == settings["steps"]
         if main:
-            dsd.append_records(out / "log.jsonl", [{"step": step, "loss": losses[0], "frame_1": losses[1],
-                                                    "frame_2": losses[2]}])
-        if main and ((step + 1) % settings["save_every"] == 0 or last):
-            save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
-            draw_losses(out)
-        if main and ((step + 1) % settings["validate_every"] == 0 or last):
-            if ema and last:
-                ema.copy_to(parameters)
-            validate(step + 1)
-    return (time.time() - begun) / max(settings["steps"] - first, 1)
+            dsd.append_records(out / "log.jsonl", [{"step": step, **record}])
+            if (step + 1) % settings["save_every"] == 0 or step + 1 == steps:
+                dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
+                draw_losses(out)
+            if (step + 1) % settings["validate_every"] == 0 and step + 1 < steps:
+                validate(step + 1)
+    if ema:
+        ema.copy_to(parameters)
+    return (time.time() - begun) / max(steps - first, 1)
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -174,42 +174,23 @@ def learning_rate_share(step, steps, warmup=20):
     return min(1.0, (step + 1) / warmup, (steps - step) / (0.4 * steps))
 
 
-def save_checkpoint(path, parameters, optimizer, ema, step):
-    """Weights, both AdamW moments and averages in one safetensors file, written aside and renamed."""
-    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step if ema else 0)}
-    for i, p in enumerate(parameters):
-        state = optimizer.state[p]
-        tensors |= {f"{i}.p": p.data, f"{i}.m": state["exp_avg"], f"{i}.v": state["exp_avg_sq"], f"{i}.n": state["step"]}
-        if ema:
-            tensors[f"{i}.ema"] = ema.shadow_params[i]
-    save_file({name: t.contiguous() for name, t in tensors.items()}, f"{path}.part")
-    Path(f"{path}.part").replace(path)
-
-
-def load_checkpoint(path, parameters, optimizer, ema):
-    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
-    if not path.exists():
-        return 0
-    tensors = load_file(path)
-    for i, p in enumerate(parameters):
-        p.data.copy_(tensors[f"{i}.p"])
-        optimizer.state[p] = {"step": tensors[f"{i}.n"], "exp_avg": tensors[f"{i}.m"].to(p.device),
-                              "exp_avg_sq": tensors[f"{i}.v"].to(p.device)}
-        if ema:
-            ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
-    if ema:
-        ema.optimization_step = int(tensors["ema_steps"])
-    return int(tensors["step"])
+def resume(out, parameters, optimizer, ema, accelerator):
+    """Restore the last checkpoint and cut the log to it; returns the next step, 0 if there is no checkpoint."""
+    step = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
+    if accelerator.is_main_process:
+        log = [r for r in dsd.read_records(out / "log.jsonl") if r["step"] < step]
+        dsd.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+    return step
 
 
 def draw_losses(out, window=25):
     """loss.png: both frames' losses, averaged over `window` steps."""
-    log = {record["step"]: record for record in dsd.read_records(out / "log.jsonl")}
+    log = dsd.read_records(out / "log.jsonl")
+    k = min(window, len(log))
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, label in (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)")):
-        values = torch.tensor([record[name] for record in log.values()])
-        k = min(window, len(values))
-        axes.plot(list(log)[k - 1:], values.unfold(0, k, 1).mean(1), label=label)
+        values = torch.tensor([record[name] for record in log])
+        axes.plot(range(k, len(log) + 1), values.unfold(0, k, 1).mean(1), label=label)
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
     axes.legend()
     figure.savefig(out / "loss.png", dpi=110, bbox_inches="tight")
@@ -246,65 +227,78 @@ def main():
         condition_lr_factor=5.0, frame_weights=[1.0, 1.0], condition_dropout=0.1, prompt_dropout=0.1, shift=3.0,
         guidance_scale=3.5, ema=0.0, gradient_checkpointing=False, precision="bf16", save_every=250,
         validate_every=500, seed=0)
+    if min(settings[name] for name in ("steps", "rank", "batch_size", "accumulate", "save_every", "validate_every")) < 1:
+        raise dsd.DsdError("--steps, --rank, --batch_size, --accumulate, --save_every, --validate_every: at least 1")
     accelerator = Accelerator(mixed_precision=settings["precision"])
     if settings["batch_size"] % accelerator.num_processes:
         raise dsd.DsdError(f"--batch_size must be a multiple of the {accelerator.num_processes} processes")
     pairs = read_pairs(args.pairs)
-    cache = args.out / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    claim(args.out, {**settings, "model": str(args.model), "pairs": len(pairs)}, accelerator)
+    width, height = size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
 
     # phase 1: encode, then drop the encoders
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None)
-    examples = pairs[::max(1, len(pairs) // 6)][:6]
-    references, targets = load_canvas(args.pairs, examples)
-    text, null_text = (dsd.encode_prompts(pipe, p) for p in ([e["prompt"] for e in examples], [""]))
+    if width % (2 * pipe.vae_scale_factor) or height % (2 * pipe.vae_scale_factor):
+        raise dsd.DsdError(f"{args.pairs}: pictures of {size} pixels; this model needs multiples of "
+                           f"{2 * pipe.vae_scale_factor}")
+    claim(args, settings, accelerator)
     if accelerator.is_main_process:
-        encode_pairs(pipe, pairs, args.pairs, cache)
+        encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache")
     accelerator.wait_for_everyone()
+    null_text = dsd.encode_prompts(pipe, [""])
+    validate = make_validation(pipe, pairs, size, args, settings, accelerator)
     pipe.text_encoder = pipe.text_encoder_2 = None
 
     # phase 2: widen, add LoRA, train on tensors
     torch.manual_seed(settings["seed"])
     pipe.transformer = load_transformer(args.model, settings, pipe.vae.dtype).to(accelerator.device)
-    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    size = references.shape[2] // scale, 2 * references.shape[3] // scale  # the canvas in latent pixels
-
-    def validate(step):
-        sampling = {"steps": 20, "image_guidance": 1.0, "text_guidance": 1.0, "unguided_steps": 0,
-                    "guidance_scale": settings["guidance_scale"]}
-        with accelerator.autocast():
-            drawn = dsd.sample(pipe, references, text, tuple(t.expand(len(examples), *t.shape[1:]) for t in null_text),
-                               list(range(len(examples))), sampling)
-        rows = [[(dsd.open_image(args.pairs / e["reference_file_name"]), "reference"), (image, e["prompt"]),
-                 (dsd.open_image(args.pairs / e["target_file_name"]), "the pair's target")]
-                for e, image in zip(examples, drawn)]
-        (args.out / "validation").mkdir(exist_ok=True)
-        dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
-
-    seconds = train(pipe.transformer, Cache(cache, len(pairs)), null_text, size, settings, accelerator, args.out, validate)
+    cache = Cache(args.out / "cache", len(pairs))
+    latent_size = height // pipe.vae_scale_factor, 2 * width // pipe.vae_scale_factor  # of the canvas
+    seconds = train(pipe.transformer, cache, null_text, latent_size, settings, accelerator, args.out, validate)
     if accelerator.is_main_process:
         dsd.save_adapter(pipe.transformer, args.out, torch.float16 if dsd.device() == "cpu" else torch.bfloat16)
+        validate(settings["steps"])
         memory = dsd.peak_memory()
         dsd.write_json(args.out / "summary.json", {"pairs": len(pairs), "steps": settings["steps"],
                                                    "seconds_per_step": seconds, "peak_memory_gb": memory})
         print(f"adapter in {args.out}: {len(pairs)} pairs, {settings['steps']} steps, {seconds:.2f} s a step, peak memory "
               f"{memory:.1f} GB; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+    accelerator.end_training()
 
 
-def claim(out, settings, accelerator):
-    """Write settings.json, or refuse a folder that holds a run with other settings."""
-    path = out / "settings.json"
+def claim(args, settings, accelerator):
+    """Write settings.json, or refuse a folder that holds a run with other settings or other pairs."""
+    digest = hashlib.sha256((args.pairs / "metadata.jsonl").read_bytes()).hexdigest()
+    settings, path = {**settings, "model": str(args.model), "pairs": digest}, args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise dsd.DsdError(f"{out} holds a run with other settings or pairs; give another --out or delete it")
+        raise dsd.DsdError(f"{args.out} holds a run with other settings or pairs; give another --out or delete it")
     if accelerator.is_main_process:
+        for folder in ("cache", "validation"):
+            (args.out / folder).mkdir(parents=True, exist_ok=True)
         dsd.write_json(path, settings)
+
+
+def make_validation(pipe, pairs, size, args, settings, accelerator):
+    """A function that draws the prompts of six of the pairs and saves them beside the pictures, validate(step)."""
+    examples = pairs[::max(1, len(pairs) // 6)][:6]
+    references, _ = load_canvas(args.pairs, examples, size)
+    text = dsd.encode_prompts(pipe, [e["prompt"] for e in examples])
+    sampling = {"steps": 20, "image_guidance": 1.0, "text_guidance": 1.0, "unguided_steps": 0,
+                "guidance_scale": settings["guidance_scale"]}
+
+    def validate(step):
+        with accelerator.autocast():  # without guidance the null prompt is not used
+            drawn = dsd.sample(pipe, references, text, text, list(range(len(examples))), sampling)
+        rows = [[(dsd.open_image(args.pairs / e["reference_file_name"]), "reference"), (image, e["prompt"]),
+                 (dsd.open_image(args.pairs / e["target_file_name"]), "the pair's target")]
+                for e, image in zip(examples, drawn)]
+        dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
+
+    return validate
 
 
 def load_transformer(model, settings, dtype):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it still is the teacher."""
-    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", torch_dtype=dtype,
-                                                         use_safetensors=True)
+    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype, use_safetensors=True)
     dsd.add_lora(dsd.widen(transformer), settings["rank"])
     cast_training_params(transformer, torch.float32)
     if settings["gradient_checkpointing"]:

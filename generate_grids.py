@@ -68,7 +68,8 @@ def grammar_prompts(grammar, families, seed):
 def grid_prompt(grammar, family, subject, scene, settings, panel_prompts):
     """The whole prompt of a grid from its parts."""
     panels = ", ".join(place.format(s) for place, s in zip(grammar["panels"], settings))
-    prompt = grammar[family].format(subject=subject, scene=scene, panels=panels)
+    name = re.sub("^(an?|the) ", "", subject, flags=re.IGNORECASE) if family == "subject" else subject  # "the same fox"
+    prompt = grammar[family].format(subject=name, scene=scene, panels=panels)
     return {"prompt": prompt, "panel_prompts": panel_prompts, "subject": subject, "family": family}
 
 
@@ -105,9 +106,10 @@ def llm_prompts(name, grammar, count, seed, references=REFERENCES):
     """`count` grids invented by a chat model, one after another; unusable and repeated answers are counted."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, torch_dtype="auto").to(dsd.device())
-    except (OSError, ValueError) as error:
-        raise dsd.DsdError(f"--llm {name}: {str(error).splitlines()[0]}") from None
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype="auto").to(dsd.device())
+    except Exception as error:  # no such folder, another kind of model, no chat template: many kinds, one answer
+        raise dsd.DsdError(f"--llm {name}: not a chat model that can be loaded: {dsd.one_line(error)}") from None
     grids, subjects, rejected, draw = [], set(), 0, random.Random(seed)
     torch.manual_seed(seed)
     bar = tqdm(total=count, desc="subjects")
@@ -184,23 +186,24 @@ def main():
                                   guidance_scale=3.5, true_cfg_scale=1.0, grammar=GRAMMAR)
     if min(settings["count"], settings["steps"], settings["batch_size"]) < 1:
         raise dsd.DsdError("--count, --steps and --batch_size must be at least 1")
-    pipe = dsd.load_pipeline(FluxPipeline, args.model)
-    grids = plan(args, settings, settings["grammar"])
-    args.out.mkdir(parents=True, exist_ok=True)
+    grids = plan(args, settings, settings["grammar"])  # before the pipeline: a chat model needs its memory
     done = dsd.read_records(args.out / "grids.jsonl")
     if done != grids[:len(done)]:
         raise dsd.DsdError(f"{args.out} holds grids of another run; give another --out or delete it")
+    pipe = dsd.load_pipeline(FluxPipeline, args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
 
-    bar = tqdm(total=len(grids), initial=len(done), desc="grids")
-    for start in range(len(done), len(grids), settings["batch_size"]):
-        batch = grids[start:start + settings["batch_size"]]
+    bar, size = tqdm(total=len(grids), initial=len(done), desc="grids"), settings["batch_size"]
+    for start in range(len(done) // size * size, len(grids), size):  # the same batches after an interruption
+        batch = grids[start:start + size]
         for grid, image in zip(batch, draw_grids(pipe, batch, settings)):
             image.save(args.out / grid["file"])
-        dsd.append_records(args.out / "grids.jsonl", batch)
-        bar.update(len(batch))
+        new = batch[max(len(done) - start, 0):]
+        dsd.append_records(args.out / "grids.jsonl", new)
+        bar.update(len(new))
     bar.close()
-    rows = [[(dsd.open_image(args.out / g["file"]), g["subject"]) for g in grids[i:i + 6]] for i in range(0, min(36, len(grids)), 6)]
-    dsd.contact_sheet(rows, args.out / "overview.png")
+    cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
+    dsd.contact_sheet([cells[i:i + 6] for i in range(0, len(cells), 6)], args.out / "overview.png")
     print(f"{len(grids)} grids in {args.out}; look at {args.out / 'overview.png'}")
 
 

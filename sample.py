@@ -118,8 +118,8 @@ def main():
     prompts = args.prompt or shipped["prompts"]
     if not prompts:
         raise dsd.DsdError("give a prompt: --prompt \"...\"")
-    if found["steps"] < 1 or found["batch_size"] < 1:
-        raise dsd.DsdError("--steps and --batch_size must be at least 1")
+    if min(found[name] for name in ("steps", "batch_size", "width", "height")) < 1:
+        raise dsd.DsdError("--steps, --batch_size, --width and --height must be at least 1")
     references = {str(file): dsd.fit_panel(dsd.open_image(file), found["width"], found["height"])
                   for file in find_references(args, shipped["references"])}
     texts = enhance(args.enhance, references, prompts) if args.enhance else {}

@@ -5,12 +5,13 @@ pairs show one critter, half two that differ in one or two attributes.
 """
 
 import argparse
-import json
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -56,9 +57,9 @@ def to_image(panel):
 def measure_vlm(args):
     generator = torch.Generator().manual_seed(args.seed + 1_000)
     images, attributes = held_out_pairs(args.count, generator)
-    if args.degrade:
-        soft = pretrain.degrade(images.flatten(0, 1).float() / 127.5 - 1, generator)
-        images = ((soft + 1) * 127.5).round().byte().view(images.shape)
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+        images = pretrain.through_vae(images.flatten(0, 1), vae).view(images.shape)
     model = curate.load_vlm(args.vlm)
     cases = [[to_image(a), to_image(b)] for a, b in images]
     begun = time.time()
@@ -84,7 +85,8 @@ def verdicts(answers, identities):
     differs = identities[:, 0] != identities[:, 1]  # (N, 7)
     no = torch.tensor([curate.parse(a)[0] == "no" for a in answers])
     yes = torch.tensor([curate.parse(a)[0] == "yes" for a in answers])
-    named = torch.tensor([[f"{word} different" in a for word in ATTRIBUTES.values()] for a in answers])
+    named = torch.tensor([[bool(re.search(rf"{word} \S+ \S+ different", a)) for word in ATTRIBUTES.values()]
+                          for a in answers])  # the line "compare" says: "trim red teal different"
     negative = differs.any(1)
     mean = lambda x: round(x.float().mean().item(), 4) if len(x) else None  # noqa: E731
     table = {}
@@ -120,7 +122,7 @@ def main():
     parser.add_argument("--vlm", default=str(HERE / "vlm"))
     parser.add_argument("--count", type=int, default=600, help="pairs to ask about")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--degrade", action="store_true", help="blur and noise on the panels, as in training")
+    parser.add_argument("--vae", help="vlm: send the panels through this VAE folder first, as all generated panels are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/measure"))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import curate  # noqa: E402
 import dsd  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
@@ -43,7 +44,7 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
     ema.to(args.device)
-    start = load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
+    start = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
     # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
     attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
@@ -64,7 +65,7 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps({"step": step, "loss": loss.item(), "seconds": time.time() - begun}) + "\n")
         if time.time() - saved > args.save_minutes * 60 or last:
-            save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
+            dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
             saved = time.time()
             if picture:
                 ema.store(parameters)
@@ -79,31 +80,6 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
 def learning_rate_share(step, steps, warmup=100):
     """Linear warm-up, a plateau, linear decay over the last 40 %."""
     return min(1.0, (step + 1) / warmup, max((steps - step) / (0.4 * steps), 0.0))
-
-
-def save_checkpoint(path, parameters, optimizer, ema, step):
-    """Weights, averages and both AdamW moments in one safetensors file, written aside and renamed."""
-    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step)}
-    for i, p in enumerate(parameters):
-        state = optimizer.state[p]
-        tensors |= {f"{i}.p": p.data, f"{i}.ema": ema.shadow_params[i], f"{i}.m": state["exp_avg"],
-                    f"{i}.v": state["exp_avg_sq"], f"{i}.n": state["step"]}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part")
-    Path(f"{path}.part").rename(path)
-
-
-def load_checkpoint(path, parameters, optimizer, ema):
-    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is none."""
-    if not path.exists():
-        return 0
-    tensors = load_file(path)
-    for i, p in enumerate(parameters):
-        p.data.copy_(tensors[f"{i}.p"])
-        ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
-        optimizer.state[p] = {"step": tensors[f"{i}.n"].cpu(), "exp_avg": tensors[f"{i}.m"].to(p.device),
-                              "exp_avg_sq": tensors[f"{i}.v"].to(p.device)}
-    ema.optimization_step = int(tensors["ema_steps"])
-    return int(tensors["step"])
 
 
 def load_averages(name, module):
@@ -296,14 +272,29 @@ def draw_pool(groups, generator, change=change_in_training, held_out=False):
 
 
 def pool_of_panels(args):
-    """The training pool, drawn once and kept in runs/pretrain/vlm."""
-    path = Path("runs/pretrain/vlm") / f"panels_{POOL}_{args.seed}.safetensors"
+    """The training pool, drawn once and kept in runs/pretrain/vlm. A quarter of it has gone through the VAE, as every
+    panel that curation will see has."""
+    path = Path("runs/pretrain/vlm") / f"panels_{POOL}_{args.seed}_vae.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        vae = AutoencoderKL.from_pretrained("runs/pretrain/vae/vae", torch_dtype=torch.float32).to(args.device)
         images, attributes = draw_pool(POOL, torch.Generator().manual_seed(args.seed + 77))
-        save_file({"images": images, "attributes": attributes}, path)
+        images[:POOL // 4] = through_vae(images[:POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
+        save_file({"images": images, "attributes": attributes}, f"{path}.part")
+        Path(f"{path}.part").rename(path)
     pool = load_file(path)
     return pool["images"], pool["attributes"]
+
+
+@torch.no_grad()
+def through_vae(images, vae):
+    """Panels (N, 3, s, s) in uint8, encoded and decoded."""
+    parts = []
+    for x in tqdm(images.split(32), desc="through the VAE"):
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            y = vae.decode(vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist.mode()).sample
+        parts.append(((y.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte())
+    return torch.cat(parts)
 
 
 def degrade(images, generator):
@@ -319,17 +310,25 @@ def degrade(images, generator):
     return (images + .05 * u[:, 5].view(n, 1, 1, 1) ** 2 * noise).clamp(-1, 1)
 
 
+def attribute_words(row):
+    """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: ten numbers."""
+    words = [values[i] for values, i in zip(VALUES[:7], row)]
+    return [*words[:5], "trim" if words[5] == "plain" else words[5], words[6]]
+
+
 def describe(row):
-    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: 10 numbers."""
-    shape, ears, colour, tone, second, pattern, eyes = (v[i] for v, i in zip(VALUES[:7], row))
-    marks = "trim" if pattern == "plain" else pattern
+    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: ten numbers."""
+    shape, ears, colour, tone, second, marks, eyes = attribute_words(row)
     return f"{shape} {ears} {tone} {colour}, {second} {marks}, {eyes} {'eye' if eyes == 'one' else 'eyes'}"
 
 
 def comparison(a, b):
-    """The chain of thought about two panels, all lines but the last."""
-    names = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]
-    parts = ", ".join(f"{name} {'same' if x == y else 'different'}" for name, x, y in zip(names, a, b))
+    """The chain of thought about two panels, all lines but the last.
+
+    The line "compare" says both values before it judges them: "ears horned horned same, colour red blue different".
+    A small model learns that in minutes, and the judgement without the values hardly at all."""
+    names, x, y = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"], attribute_words(a), attribute_words(b)
+    parts = ", ".join(f"{name} {u} {v} {'same' if u == v else 'different'}" for name, u, v in zip(names, x, y))
     return f"subject: a {world.noun(a)}\nimage 1: {describe(a)}\nimage 2: {describe(b)}\ncompare: {parts}\n"
 
 
@@ -388,7 +387,7 @@ class Lessons(torch.nn.Module):
         self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
         weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
         for words, w in (("subject image shape ears colour tone compare verdict score a the : , . \n", .2),
-                         ("same different", 3.), ("yes no", 4.)):
+                         ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
             weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
         self.register_buffer("word_weight", weight, persistent=False)
 
@@ -401,8 +400,19 @@ class Lessons(torch.nn.Module):
         logits = self.heads(features[:, 0]).float().split(self.sizes, 1)
         return sum(F.cross_entropy(x, y) for x, y in zip(logits, attributes.T)) / len(self.sizes)
 
+    def comparing_loss(self, pairs):
+        """Cross entropy of what follows "compare" when both descriptions are given as text; no image is needed."""
+        answers = [pair_lesson(a, b, kind)[1] for kind in (0., 1.) for a, b in zip(*pairs)]
+        ids = torch.tensor(self.tokenizer(answers).input_ids).to(self.word_weight.device)  # all have the same length
+        start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("compare"))
+        hidden = self.vlm.model.language_model(input_ids=ids, use_cache=False).last_hidden_state[:, start:-1]
+        target = ids[:, start + 1:].flatten()
+        loss = F.cross_entropy(self.vlm.lm_head(hidden).float().flatten(0, 1), target, reduction="none")
+        weight = self.word_weight[target]
+        return (loss * weight).sum() / weight.sum()
+
     def answer_loss(self, features, lessons):
-        """Weighted cross entropy of the answers' words. features (n * images, 17, width), `lessons` n (question, answer)."""
+        """Weighted cross entropy of the answers' words: features (n * images, 17, width), lessons n (question, answer)."""
         n, tokens = len(lessons), len(features) // len(lessons) * features.shape[1]
         image, answer = self.tokenizer.convert_tokens_to_ids(models.VLM_SPECIAL)
         rows, starts = [], []
@@ -424,26 +434,31 @@ class Lessons(torch.nn.Module):
         return (loss * weight).sum() / weight.sum()
 
 
+def draw_descriptions(n, generator):
+    """Attributes of n imagined pairs, two lists of rows of ten numbers: any share of them agrees."""
+    a, b = (torch.cat([world.identity_of(world.draw_identities(n, generator)), world.draw_contexts(n, generator)], 1)
+            for _ in range(2))
+    agree = torch.rand(n, 10, generator=generator) < 1.3 * torch.rand(n, 1, generator=generator)
+    return a.tolist(), torch.where(agree, a, b).tolist()
+
+
 def draw_pairs(attributes, n, generator):
-    """Places in the pool (n, 2, 2) (group, panel) of n pairs: half one critter, the others two; a fifth of these
-    from different groups."""
+    """Places in the pool (n, 2, 2) (group, panel) of n pairs: 40 % one critter, 30 % two that differ in one to three
+    attributes, 30 % of different groups: from these, where most words differ, it learns to compare words at all."""
     group = torch.randint(len(attributes), (n, 1), generator=generator).repeat(1, 2)
-    u = torch.rand(n, 4, generator=generator)
+    u = torch.rand(n, 3, generator=generator)
     same = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])[(u[:, 1] * 4).long()]
     other = torch.tensor([[0, 3], [1, 3], [0, 4], [1, 4], [2, 3], [1, 5]])[(u[:, 1] * 6).long()]
-    yes = u[:, 0] < .5
-    panel = torch.where(yes[:, None], same, other)
-    panel = torch.where(u[:, 2:3] < .5, panel, panel.flip(1))
-    far = ~yes & (u[:, 3] < .2)
+    panel = torch.where(u[:, :1] < .4, same, other)
+    panel = torch.where(u[:, 2:] < .5, panel, panel.flip(1))
+    far = u[:, 0] > .7
     group[far, 1] = torch.randint(len(attributes), (int(far.sum()),), generator=generator)
     return torch.stack([group, panel], 2)
 
 
 def pretrain_vlm(args):
-    """First the vision tower learns to see (all attributes of single panels), then the whole learns to answer."""
-    global curate
-    import curate  # the questions, in curate.py's own words
-
+    """First the vision tower learns to see (all attributes of single panels), then the language model to compare two
+    descriptions, from text alone; then the whole learns to answer. In one go the same takes many times as long."""
     images, attributes = pool_of_panels(args)
     vlm, processor = models.make_vlm(vlm_words())
     net = Lessons(vlm, processor).to(args.device).train()
@@ -457,6 +472,9 @@ def pretrain_vlm(args):
         panel = torch.randint(6, (args.batch_size,), generator=generator)
         return net.attribute_loss(net.see(panels(group, panel, generator)), attributes[group, panel].to(args.device))
 
+    def comparing(step, generator):
+        return net.comparing_loss(draw_descriptions(args.batch_size // 2, generator))
+
     def answering(step, generator):
         pairs = draw_pairs(attributes, n, generator).view(n * 2, 2)
         single = torch.stack([torch.randint(len(images), (n,), generator=generator),
@@ -468,13 +486,15 @@ def pretrain_vlm(args):
         about_pairs = [pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)]
         about_panels = [panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)]
         return (net.answer_loss(features[:2 * n], about_pairs) + .5 * net.answer_loss(features[2 * n:], about_panels)
-                + .5 * net.attribute_loss(features, rows.to(args.device)))
+                + .5 * net.attribute_loss(features, rows.to(args.device))
+                + .5 * net.comparing_loss(draw_descriptions(n // 2, generator)))
 
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
 
     fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
         argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
+    fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
     net.train()
     fit("vlm", net, answering, args, picture)
     write_vlm(vlm, processor, HERE / "vlm")
@@ -502,6 +522,7 @@ def main():
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--sheets", type=int, default=24_000, help="flux: how many grids to draw and encode")
     parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
+    parser.add_argument("--word_steps", type=int, default=600, help="vlm: steps of the language model by itself, next")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_minutes", type=float, default=3.0)

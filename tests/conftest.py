@@ -1,0 +1,146 @@
+"""What the tests share: a model folder, pairs to train on, and ways to run the scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from diffusers import FluxControlPipeline, FluxTransformer2DModel  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import dsd  # noqa: E402
+import models  # noqa: E402
+import world  # noqa: E402
+
+PART_WEIGHTS = ["transformer", "vae", "text_encoder", "text_encoder_2"]
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory):
+    """A FLUX folder: the miniature if it is there, else random weights in the same form. No test needs them good."""
+    folder = ROOT / "miniature" / "flux"
+    if (folder / "dsd.json").exists() and all(list((folder / part).glob("*.safetensors")) for part in PART_WEIGHTS):
+        return folder
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    torch.manual_seed(0)
+    models.make_flux(models.make_vae()).save_pretrained(folder)
+    (folder / "dsd.json").write_text(json.dumps(models.flux_settings()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """A LLaVA folder: the miniature's if it is there, else random weights. No test needs its verdicts to be right."""
+    folder = ROOT / "miniature" / "vlm"
+    if (folder / "model.safetensors").exists():
+        return folder
+    import pretrain
+
+    import curate
+    pretrain.curate = curate
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    for part in models.make_vlm(pretrain.vlm_words()):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(flux):
+    """A FluxControlPipeline of the model folder, fresh for each test, since adapters change it."""
+    return dsd.load_pipeline(FluxControlPipeline, flux)
+
+
+def random_transformer(seed=0, guidance_embeds=False, heads=2):
+    """A transformer of random weights that fits the miniature's text encoders; 64 channels, not widened."""
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=heads,
+        joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=guidance_embeds, axes_dims_rope=(8, 12, 12))
+
+
+def random_inputs(batch=2, h=4, w=8, seed=1):
+    """x, condition (B, N, 64), sigma (B,), text (embeds, pooled), position ids of a canvas of h x w latent pixels."""
+    g = torch.Generator().manual_seed(seed)
+    x, condition = torch.randn(2, batch, h * w // 4, 64, generator=g)
+    text = torch.randn(batch, 7, 128, generator=g), torch.randn(batch, 64, generator=g)
+    return x, condition, torch.rand(batch, generator=g), text, dsd.position_ids(h, w)
+
+
+@torch.no_grad()
+def predict(transformer, tokens, sigma, text, ids, guidance_scale=3.5):
+    return dsd.run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
+
+
+def give_random_weights(transformer, scale=0.05, seed=3):
+    """Stand in for training: all trainable LoRA weights of a transformer take random values."""
+    g = torch.Generator().manual_seed(seed)
+    for p in transformer.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=g) * scale
+    return transformer
+
+
+def noise_image(width, height, seed=0):
+    raw = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(raw.numpy())
+
+
+def critter(identity, context, pose=(0., .16, 1.16, 0.)):
+    """One rendered panel as an image: identity is a number, context three numbers."""
+    pixels = world.render(world.identity_of([identity]), torch.tensor([context]), torch.tensor([pose]), 32)[0]
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder as curate.py writes it: 8 ordered pairs of rendered critters, each identity in two settings."""
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "images").mkdir()
+    records = []
+    for number in range(4):
+        contexts = [(number, 0, 0), (7 - number, 2, 3)]
+        for panel, context in enumerate(contexts):
+            critter(1234 + number, context).save(folder / "images" / f"{number:06d}_{panel}.png")
+        for a, b in ((0, 1), (1, 0)):
+            records.append({
+                "reference_file_name": f"images/{number:06d}_{a}.png", "target_file_name": f"images/{number:06d}_{b}.png",
+                "prompt": world.panel_caption(world.identity_of([1234 + number])[0], contexts[b]),
+                "subject": "critter", "family": "subject", "grid": number, "reference_panel": a, "target_panel": b})
+    dsd.append_records(folder / "metadata.jsonl", records)
+    return folder
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def run_script(script, *args, cwd, code=0):
+    """A script in a process of its own; its exit code must be `code`. Returns (stdout, stderr)."""
+    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *args): a script's main in this process (starting one costs seconds) -> (exit code, out, err)."""
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        capsys.readouterr()
+        code = 0
+        try:
+            dsd.run(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call

@@ -1,0 +1,225 @@
+"""The miniature's world: its identities, its held-out tenth, its pictures and its words."""
+
+import itertools
+
+import models
+import pytest
+import torch
+import world
+
+import generate_grids
+
+ALL = torch.arange(world.N_IDENTITIES)
+SIZES = [len(values) for values in world.IDENTITY.values()]
+POSE = torch.tensor([[0., .16, 1.16, 0.]])
+
+
+def words(identity):
+    """Identity rows -> their numbers as a set of tuples."""
+    return set(map(tuple, identity.tolist()))
+
+
+# ---- identities ------------------------------------------------------------------------------------------------------
+def test_at_least_50_000_identities_all_different_and_in_range():
+    identity = world.identity_of(ALL)
+    assert world.N_IDENTITIES >= 50_000 and len(words(identity)) == world.N_IDENTITIES
+    assert (identity >= 0).all() and (identity < torch.tensor(SIZES)).all()
+    assert (identity[:, 2] != identity[:, 4]).all()  # main and second colour
+
+
+@pytest.mark.parametrize("number", [-1, world.N_IDENTITIES, 10**9])
+def test_identity_number_outside_the_world_raises(number):
+    with pytest.raises(ValueError, match=str(world.N_IDENTITIES)):
+        world.identity_of([0, number])
+
+
+def values(held_out):
+    """How many values of each attribute one side of the world has."""
+    return [len(column.unique()) for column in world.identity_of(ALL[world.is_held_out(ALL) == held_out]).T]
+
+
+def test_about_a_tenth_is_held_out_and_the_rest_has_every_value_of_every_attribute():
+    assert .09 < world.is_held_out(ALL).float().mean() < .11
+    assert values(held_out=False) == SIZES
+
+
+@pytest.mark.xfail(strict=True, reason="the hash is even only for even numbers, so only three of the six shapes are "
+                                       "held out; known, waits for the next pretraining")
+def test_held_out_identities_have_every_value_of_every_attribute():
+    assert values(held_out=True) == SIZES
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_drawn_identities_are_of_the_side_asked_for(held_out):
+    index = world.draw_identities(5000, torch.Generator().manual_seed(0), held_out)
+    assert len(index) == 5000 and (world.is_held_out(index) == held_out).all()
+    assert len(index.unique()) > (1000 if held_out else 4000)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_change_attributes_makes_valid_identities_that_nearly_always_differ_as_asked(count):
+    g = torch.Generator().manual_seed(0)
+    identity = world.identity_of(world.draw_identities(2000, g))
+    other = world.change_attributes(identity, torch.full((2000,), count), g)
+    differing = (other != identity).sum(1)
+    assert (differing <= count + 1).all()  # one more where colours would collide
+    assert (differing == count).float().mean() > .93 and (differing < count).float().mean() < .01
+    assert words(other) <= words(world.identity_of(ALL))
+
+
+# ---- sheets ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def drawn(monkeypatch):
+    """What `sheets` gives to `render`: a list of (identity, context, pose); the pictures are plain noise."""
+    seen = []
+
+    def render(identity, context, pose, size):
+        seen.append((identity, context, pose))
+        return torch.rand(len(identity), 3, size, size)
+    monkeypatch.setattr(world, "render", render)
+    return seen
+
+
+ODD = pytest.mark.xfail(strict=True, reason="the odd panel of a sheet may be a held-out one (one in 400); known, waits "
+                                            "for the next pretraining")
+
+
+@pytest.mark.parametrize("layout", [pytest.param((2, 2), marks=ODD), pytest.param((1, 2), marks=ODD), (1, 1)])
+def test_training_sheets_show_no_held_out_critter(drawn, layout):
+    world.sheets(4000, torch.Generator().manual_seed(0), layout)
+    held_out = words(world.identity_of(ALL[world.is_held_out(ALL)]))
+    assert not words(drawn[0][0]) & held_out
+
+
+def test_held_out_sheets_are_about_held_out_critters(drawn):
+    world.sheets(500, torch.Generator().manual_seed(0), (1, 1), held_out=True)
+    assert words(drawn[0][0]) <= words(world.identity_of(ALL[world.is_held_out(ALL)]))
+
+
+def test_panels_of_a_sheet_show_one_critter_and_in_a_tenth_one_other_of_the_same_name(drawn):
+    _, captions = world.sheets(4000, torch.Generator().manual_seed(0))
+    identity = drawn[0][0].view(4000, 4, 7)
+    others = (identity != identity.median(1, keepdim=True).values).any(2).sum(1)  # panels that leave the majority
+    assert .85 < (others == 0).float().mean() < .95
+    assert (others <= 2).all()
+    assert (identity[:, :, :2] == identity[:, :1, :2]).all()
+    assert all(world.noun(row[0]) in caption for row, caption in zip(identity, captions))
+
+
+def test_relight_sheets_keep_scene_accessory_and_pose_and_change_only_the_light(drawn):
+    _, captions = world.sheets(400, torch.Generator().manual_seed(0))
+    relight = torch.tensor(["scene, a" in caption for caption in captions])
+    _, context, pose = (part.view(400, 4, -1) for part in drawn[0])
+    assert .2 < relight.float().mean() < .4
+    assert (context[relight, :, :2] == context[relight, :1, :2]).all() and (pose[relight] == pose[relight, :1]).all()
+    assert (context[relight, :, 2].sort(1).values == torch.arange(4)).all()
+    assert (context[~relight, :, 0] != context[~relight, :1, 0]).any(1).float().mean() > .9
+
+
+def test_panels_stand_in_reading_order():
+    images, captions = world.sheets(3, torch.Generator().manual_seed(0), (2, 2), 16)
+    seen = []
+    render, world.render = world.render, lambda *rows: seen.append(rows) or render(*rows)
+    try:
+        again, _ = world.sheets(3, torch.Generator().manual_seed(0), (2, 2), 16)
+    finally:
+        world.render = render
+    panels = world.render(*seen[0]).view(3, 4, 3, 16, 16)
+    assert torch.equal(images, again)
+    for k, (row, column) in enumerate(itertools.product((0, 16), (0, 16))):
+        assert torch.equal(images[:, :, row:row + 16, column:column + 16], panels[:, k])
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+def test_render_is_deterministic_and_within_0_and_1():
+    g = torch.Generator().manual_seed(0)
+    rows = world.identity_of(world.draw_identities(70, g)), world.draw_contexts(70, g), world.draw_poses(70, g)
+    images = world.render(*rows, 32)
+    assert images.shape == (70, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+    assert images.std() > .1
+    assert torch.equal(images, world.render(*rows, 32))
+
+
+def test_a_panel_does_not_depend_on_its_batch():
+    g = torch.Generator().manual_seed(0)
+    rows = world.identity_of(world.draw_identities(40, g)), world.draw_contexts(40, g), world.draw_poses(40, g)
+    alone = world.render(*(part[35:36] for part in rows), 32)
+    torch.testing.assert_close(world.render(*rows, 32)[35:36], alone)
+
+
+@pytest.mark.parametrize("column", range(len(SIZES)), ids=world.IDENTITY)
+def test_every_value_of_an_identity_attribute_looks_different(column):
+    identity = torch.tensor([[0, 1, 0, 0, 7, 1, 1]]).repeat(SIZES[column], 1)
+    identity[:, column] = torch.arange(SIZES[column])
+    n = len(identity)
+    images = world.render(identity, torch.zeros(n, 3, dtype=torch.long), POSE.repeat(n, 1), 32)
+    for a, b in itertools.combinations(range(n), 2):
+        assert (images[a] - images[b]).abs().amax(0).gt(.1).sum() >= 6, (a, b)  # pixels
+
+
+@pytest.mark.parametrize("column", range(3), ids=world.CONTEXT)
+def test_every_value_of_the_context_looks_different(column):
+    n = len(list(world.CONTEXT.values())[column])
+    context = torch.zeros(n, 3, dtype=torch.long)
+    context[:, column] = torch.arange(n)
+    images = world.render(torch.tensor([[0, 1, 0, 0, 7, 1, 1]]).repeat(n, 1), context, POSE.repeat(n, 1), 32)
+    for a, b in itertools.combinations(range(n), 2):
+        assert (images[a] - images[b]).abs().amax(0).gt(.05).sum() >= 20, (a, b)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tokenizers():
+    return [models.word_tokenizer(models.world_words(), length) for length in (models.PROMPT_TOKENS, 77)]
+
+
+def check_tokens(tokenizers, texts):
+    for tokenizer in tokenizers:
+        for ids, text in zip(tokenizer(texts).input_ids, texts):
+            assert tokenizer.unk_token_id not in ids, text
+            assert len(ids) <= tokenizer.model_max_length, text
+
+
+def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(tokenizers):
+    longest = [v.index(max(v, key=lambda words: len(words.split()))) for v in world.CONTEXT.values()]
+    everything = list(itertools.product(range(8), range(4), range(4)))
+    texts = [world.sheet_caption([4, 2, 0, 0, 1, 0, 0], [longest] * 4, (2, 2), relight, wording)
+             for relight in (False, True) for wording in (0, 1)]
+    for layout in ((2, 2), (1, 2), (1, 1)):
+        texts += world.sheets(300, torch.Generator().manual_seed(1), layout, 8)[1]
+    texts += [world.panel_caption(row, context, True) for row, context in zip(world.identity_of(ALL[::500]), everything)]
+    check_tokens(tokenizers, texts)
+
+
+def test_tokenizer_does_not_know_other_words(tokenizers):
+    assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
+
+
+SETTINGS = {world.setting(context): context for context in itertools.product(range(8), range(4), range(4))}
+NOUNS = {world.noun([shape, ears]): [shape, ears] for shape in range(6) for ears in range(5)}
+
+
+@pytest.mark.parametrize("family", ["subject", "relight"])
+def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenizers, family):
+    grammar = models.flux_settings()["generate_grids"]["grammar"]
+    texts = []
+    for seed in range(200):
+        grid = generate_grids.grammar_prompts(grammar, [family], seed)
+        noun = next(noun for noun in NOUNS if noun in grid["subject"])
+        places = [" ".join(prompt.split(f"{noun} ")[1].split()) for prompt in grid["panel_prompts"]]
+        if family == "relight":  # "in the snow with a hat at noon": the light is last
+            lights = [next(i for i, light in enumerate(world.CONTEXT["light"]) if place.endswith(light)) for place in places]
+            scene = {world.setting((s, a, 0), light=False): (s, a) for s in range(8) for a in range(4)}
+            contexts = [(*scene[place.removesuffix(f" {world.CONTEXT['light'][i]}")], i) for place, i in zip(places, lights)]
+            assert len(set(lights)) == 4 and len({context[:2] for context in contexts}) == 1
+        else:
+            contexts = [SETTINGS[place] for place in places]
+        assert grid["prompt"] == world.sheet_caption(NOUNS[noun], contexts, relight=family == "relight")
+        assert grid["family"] == family
+        texts += [grid["prompt"], *grid["panel_prompts"]]
+    assert len(set(texts)) > 500
+    check_tokens(tokenizers, texts)
+
+
+def test_sample_prompts_of_the_miniature_are_words_the_teacher_knows(tokenizers):
+    check_tokens(tokenizers, [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS])
