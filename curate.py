@@ -236,7 +236,7 @@ def main():
             dsd.append_records(args.out / "transcripts.jsonl", new)
             records += new
             bar.update(len(part))
-            bar.set_postfix(accepted=f"{sum(r['verdict'] == 'yes' for r in records) / len(records):.0%}")
+            bar.set_postfix(accepted=f"{sum(r['verdict'] == 'yes' for r in records) / max(len(records), 1):.0%}")
         bar.close()
     pairs = list(metadata(records))
     dsd.write_text(args.out / "metadata.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))

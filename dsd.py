@@ -364,6 +364,12 @@ def model_settings(model, step, flags, **defaults):
     return {name: given.get(name, own.get(name, default)) for name, default in defaults.items()}
 
 
+def name_of(path):
+    """How records name a model or a file: inside this project relative to it, else as it was given."""
+    root, whole = Path(__file__).resolve().parent, Path(path).resolve()
+    return str(whole.relative_to(root)) if whole.is_relative_to(root) else str(path)
+
+
 def peak_memory():
     """The most memory used so far, in GB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():

@@ -268,7 +268,7 @@ def main():
 def claim(args, settings, accelerator):
     """Write settings.json, or refuse a folder that holds a run with other settings or other pairs."""
     digest = hashlib.sha256((args.pairs / "metadata.jsonl").read_bytes()).hexdigest()
-    settings, path = {**settings, "model": str(args.model), "pairs": digest}, args.out / "settings.json"
+    settings, path = {**settings, "model": dsd.name_of(args.model), "pairs": digest}, args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise dsd.DsdError(f"{args.out} holds a run with other settings or pairs; give another --out or delete it")
     if accelerator.is_main_process:

@@ -145,7 +145,7 @@ def plan(args, settings, grammar):
     else:
         families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
         grids = [grammar_prompts(grammar, families, args.seed * 1_000_003 + i) for i in range(settings["count"])]
-    common = {"model": str(args.model), "rows": 2, "columns": 2,
+    common = {"model": dsd.name_of(args.model), "rows": 2, "columns": 2,
               "settings": {k: v for k, v in settings.items() if k not in ("count", "batch_size", "grammar")}}
     return [{"file": f"{i:06d}.png", **grid, "seed": args.seed * 1_000_003 + i, **common} for i, grid in enumerate(grids)]
 

@@ -30,7 +30,7 @@ def find_adapter(args, shipped):
     if args.adapter:
         return args.adapter
     own = Path("runs/adapter")
-    if (own / dsd.ADAPTER_FILE).exists() and json.loads((own / "settings.json").read_text())["model"] == str(args.model):
+    if (own / dsd.ADAPTER_FILE).exists() and json.loads((own / "settings.json").read_text())["model"] == dsd.name_of(args.model):
         return own
     if shipped is None:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
@@ -83,7 +83,7 @@ def draw_batch(pipe, batch, references, settings):
 def save(image, path, case, settings):
     """A PNG that carries its own settings (`Image.open(path).text["dsd"]`)."""
     info = PngInfo()
-    info.add_itxt("dsd", json.dumps({**case, **settings}, ensure_ascii=False))
+    info.add_itxt("dsd", json.dumps({**case, "image": dsd.name_of(case["image"]), **settings}, ensure_ascii=False))
     image.save(path, pnginfo=info)
 
 
@@ -130,8 +130,8 @@ def main():
         raise dsd.DsdError(f"--width and --height must be multiples of {unit} for this model")
     dsd.load_adapter(pipe, adapter)
 
-    cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, "model": str(args.model),
-              "adapter": str(adapter)} for file in references for p in prompts for seed in args.seed]
+    cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, "model": dsd.name_of(args.model),
+              "adapter": dsd.name_of(adapter)} for file in references for p in prompts for seed in args.seed]
     check_length(pipe, dict.fromkeys(case["text"] for case in cases))
     args.out.mkdir(parents=True, exist_ok=True)
     size, images = found.pop("batch_size"), []
@@ -145,7 +145,7 @@ def main():
                                       for k in range(r * per_file, (r + 1) * per_file)]
             for r, image in enumerate(references.values())]
     dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-    print(f"{len(cases)} pictures in {args.out} with the adapter {adapter}; look at {args.out / 'contact_sheet.png'}")
+    print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(adapter)}; look at {args.out / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def write_flux(pipe):
     print(f"wrote {HERE / 'flux'}")
 
 
-def draw_references(args, count=6):
+def draw_references(args, count=8):
     """miniature/references: held-out critters at noon in the meadow; the file's name says what a prompt may call it."""
     generator = torch.Generator().manual_seed(args.seed)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
