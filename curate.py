@@ -90,10 +90,11 @@ def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 
 
-def parse(answer):
+def parse(answer, tolerance=0):
     """(verdict, reason) of an answer: "yes", "no", or "unparsable" unless all five steps are there, once, in order.
 
-    * Strict on purpose: a model that skips the steps has not compared, so what it cannot show counts as rejected."""
+    * Strict on purpose: a model that skips the steps has not compared, so what it cannot show counts as rejected.
+    * With a tolerance, a "no" becomes a "yes" if the comparison names at most so many parts that differ."""
     pattern = r"^(?:\d[.)])?[^\w\n]*(" + "|".join(STEPS) + r")[ *]*:[ *]*(.*)$"  # "2. **image 1:** ..." will do
     found = re.findall(pattern, answer, flags=re.MULTILINE | re.IGNORECASE)
     said = {step.lower(): text.strip() for step, text in found}
@@ -104,7 +105,10 @@ def parse(answer):
         return "unparsable", "unparsable: not the five steps with one yes or no at the end"
     parts = [part.strip() for part in re.split("[,.;]", said["compare"])]
     differing = [part for part in parts if "differ" in part]
-    return verdict, f"{verdict}: " + (said["subject"] if verdict == "yes" else ", ".join(differing) or said["compare"])
+    reason = f"{verdict}: " + (said["subject"] if verdict == "yes" else ", ".join(differing) or said["compare"])
+    if verdict == "no" and 0 < len(differing) <= tolerance:
+        return "yes", f"tolerated {reason}"
+    return verdict, reason
 
 
 # ---- one batch of grids ----------------------------------------------------------------------------------------------
@@ -128,10 +132,10 @@ def curate(grids, panels, model, args):
     answers = ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in asked], PAIR_QUESTION, args.batch_size, 400)
     records = []
     for (n, i, j), answer in zip(asked, answers):
-        verdict, reason = parse(answer)
+        verdict, reason = parse(answer, args.tolerance)
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
                         "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "vlm": str(args.vlm),
-                        "caption": args.caption, "captions": {}, "question": PAIR_QUESTION, "answer": answer})
+                        "tolerance": args.tolerance, "caption": args.caption, "captions": {}, "question": PAIR_QUESTION, "answer": answer})
     accepted = [r for r in records if r["verdict"] == "yes"]
     for (n, i, j), text in caption(accepted, panels, model, args).items():
         next(r for r in accepted if r["grid"] == n and set(r["panels"]) == {i, j})["captions"][str(j)] = text
@@ -171,7 +175,7 @@ def summarise(records, pairs, args):
     return {"grids": len({r["grid"] for r in records}), "training_pairs": len(pairs), **count(records),
             "by_family": {f: count([r for r in records if r["family"] == f])
                           for f in sorted({r["family"] for r in records})},
-            "vlm": str(args.vlm), "caption": args.caption}
+            "vlm": str(args.vlm), "caption": args.caption, "tolerance": args.tolerance}
 
 
 def sheet(records, out, name, seed, count=24):
@@ -198,8 +202,9 @@ def read_grids(args):
             raise dsd.DsdError(f"{path}, line {n + 1}: not a record of generate_grids.py; make the grids again")
     old = dsd.read_records(args.out / "transcripts.jsonl")
     for r in old:
-        if (r["prompt"], r["vlm"], r["caption"]) != (grids.get(r["grid"], r)["prompt"], str(args.vlm), args.caption):
-            raise dsd.DsdError(f"{args.out} was made from other grids or with another --vlm or --caption; "
+        if (r["prompt"], r["vlm"], r["caption"], r["tolerance"]) != (
+                grids.get(r["grid"], r)["prompt"], str(args.vlm), args.caption, args.tolerance):
+            raise dsd.DsdError(f"{args.out} was made from other grids or with another --vlm, --caption or --tolerance; "
                                "delete it or give another --out")
     last = {(r["grid"], *r["panels"]): r for r in old if r["grid"] in grids}  # a torn grid was asked about twice
     asked = collections.Counter(n for n, i, j in last)
@@ -213,10 +218,13 @@ def parse_arguments():
     parser.add_argument("--vlm", default="miniature/vlm", help="an image-text-to-text folder or hub name")
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     parser.add_argument("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
+    parser.add_argument("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "
+                        "(default: the VLM's dsd.json, else 0: the VLM's own verdict)")
     parser.add_argument("--batch_size", type=int, default=64, help="pairs asked about at once")
     parser.add_argument("--limit", type=int, help="use only so many grids")
     parser.add_argument("--seed", type=int, default=0, help="chooses what the contact sheets show; verdicts are greedy")
     args = parser.parse_args()
+    args.tolerance = dsd.model_settings(args.vlm, "curate", args, tolerance=0)["tolerance"]
     if args.batch_size < 1 or (args.limit or 1) < 1:
         raise dsd.DsdError("--batch_size and --limit must be at least 1")
     return args

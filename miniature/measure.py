@@ -31,7 +31,7 @@ def held_out_change(identity, count, generator):
     changed = world.change_attributes(identity, count, generator)
     while True:
         differing = (changed != identity).sum(1)
-        bad = ~world.is_held_out(pretrain.identity_number(changed)) | (differing > count)
+        bad = ~world.is_held_out(world.identity_number(changed)) | (differing > count)
         if not bad.any():
             return changed
         changed[bad] = world.change_attributes(identity[bad], count[bad], generator)

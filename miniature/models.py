@@ -85,7 +85,7 @@ def flux_settings():
                 "nouns": [world.IDENTITY["shape"], world.IDENTITY["ears"], ["critter"]],
                 "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
         "finetune": {
-            "steps": 900, "rank": 32, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
+            "steps": 700, "rank": 24, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
             "save_every": 100, "validate_every": 300},
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "width": PANEL, "height": PANEL,

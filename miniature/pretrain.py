@@ -234,24 +234,7 @@ POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
 VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values()]  # of the ten attributes, in the order of the columns
 
 
-def identity_number(identity):
-    """Attribute values (N, 7) -> identity numbers (N,), the inverse of world.identity_of."""
-    digits, number = identity.clone(), torch.zeros(len(identity), dtype=torch.long)
-    digits[:, 4] = (identity[:, 4] - identity[:, 2] - 1) % 8
-    for column in reversed(range(7)):
-        number = number * world.RADIX[column] + digits[:, column]
-    return number
-
-
-def change_in_training(identity, count, generator):
-    """world.change_attributes, drawn again where the result is a held-out identity."""
-    changed = world.change_attributes(identity, count, generator)
-    while (bad := world.is_held_out(identity_number(changed))).any():
-        changed[bad] = world.change_attributes(identity[bad], count[bad], generator)
-    return changed
-
-
-def draw_pool(groups, generator, change=change_in_training, held_out=False):
+def draw_pool(groups, generator, change=world.change_in_training, held_out=False):
     """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their ten attributes (groups, 6, 10).
 
     Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
@@ -504,6 +487,8 @@ def write_vlm(vlm, processor, folder):
     """The VLM's folder in float16, the weights in training untouched."""
     vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in vlm.state_dict().items()})
     processor.save_pretrained(folder)
+    settings = {"curate": {"tolerance": 1}}  # the small teacher seldom gets all seven attributes alike
+    (Path(folder) / "dsd.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"wrote {folder}: {sum(p.numel() for p in vlm.parameters()) / 1e6:.1f} M parameters")
 
 

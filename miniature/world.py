@@ -101,6 +101,23 @@ def change_attributes(identity, count, generator):
     return other
 
 
+def identity_number(identity):
+    """Attribute values (N, 7) -> identity numbers (N,), the inverse of `identity_of`."""
+    digits, number = identity.clone(), torch.zeros(len(identity), dtype=torch.long)
+    digits[:, 4] = (identity[:, 4] - identity[:, 2] - 1) % 8
+    for column in reversed(range(7)):
+        number = number * RADIX[column] + digits[:, column]
+    return number
+
+
+def change_in_training(identity, count, generator):
+    """`change_attributes`, drawn again where the result is a held-out identity."""
+    changed = change_attributes(identity, count, generator)
+    while (bad := is_held_out(identity_number(changed))).any():
+        changed[bad] = change_attributes(identity[bad], count[bad], generator)
+    return changed
+
+
 # ---- words -----------------------------------------------------------------------------------------------------------
 def noun(identity):
     """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of 7 numbers."""
@@ -347,6 +364,7 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False):
     odd = torch.rand(n, generator=generator) > CONSISTENT
     changed = change_attributes(identity, torch.randint(1, 4, (n,), generator=generator), generator)
     changed[:, :2] = identity[:, :2]  # shape and ears are in the prompt: they stay
+    odd &= is_held_out(identity_number(changed)) == held_out  # now and then that makes a held-out one: leave it
     if p > 1:
         panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
     context = draw_contexts(n * p, generator).view(n, p, 3)

@@ -8,6 +8,7 @@ from conftest import noise_image
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
+import curate
 import dsd
 
 
@@ -298,3 +299,18 @@ def test_run_says_how_to_go_on_after_ctrl_c(capsys):
     with pytest.raises(SystemExit) as stop:
         dsd.run(main)
     assert stop.value.code == 130 and "same command" in capsys.readouterr().err
+
+
+def answer_with(differing, verdict):
+    parts = ", ".join(f"{name} {'different' if name in differing else 'same'}" for name in ("shape", "colour", "eyes"))
+    return f"subject: a critter\nimage 1: blue\nimage 2: blue\ncompare: {parts}\nverdict: {verdict}"
+
+
+def test_tolerance_accepts_a_no_with_few_differing_parts_and_nothing_else():
+    assert curate.parse(answer_with([], "yes"))[0] == "yes"
+    assert curate.parse(answer_with(["eyes"], "no"))[0] == "no"
+    verdict, reason = curate.parse(answer_with(["eyes"], "no"), tolerance=1)
+    assert verdict == "yes" and "tolerated" in reason and "eyes" in reason
+    assert curate.parse(answer_with(["eyes", "shape"], "no"), tolerance=1)[0] == "no"
+    assert curate.parse(answer_with([], "no"), tolerance=1)[0] == "no"  # a no without a named difference stays a no
+    assert curate.parse("verdict: no", tolerance=9)[0] == "unparsable"
