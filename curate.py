@@ -135,7 +135,8 @@ def curate(grids, panels, model, args):
         verdict, reason = parse(answer, args.tolerance)
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
                         "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "vlm": str(args.vlm),
-                        "tolerance": args.tolerance, "caption": args.caption, "captions": {}, "question": PAIR_QUESTION, "answer": answer})
+                        "tolerance": args.tolerance, "caption": args.caption, "captions": {},
+                        "question": PAIR_QUESTION, "answer": answer})
     accepted = [r for r in records if r["verdict"] == "yes"]
     for (n, i, j), text in caption(accepted, panels, model, args).items():
         next(r for r in accepted if r["grid"] == n and set(r["panels"]) == {i, j})["captions"][str(j)] = text
@@ -175,7 +176,8 @@ def summarise(records, pairs, args):
     return {"grids": len({r["grid"] for r in records}), "training_pairs": len(pairs), **count(records),
             "by_family": {f: count([r for r in records if r["family"] == f])
                           for f in sorted({r["family"] for r in records})},
-            "vlm": str(args.vlm), "caption": args.caption, "tolerance": args.tolerance}
+            "vlm": str(args.vlm), "caption": args.caption,
+            "tolerance": args.tolerance}
 
 
 def sheet(records, out, name, seed, count=24):

@@ -344,6 +344,10 @@ def device():
 
 def load_pipeline(cls, model, **parts):
     """A FLUX folder or hub name as a pipeline of class `cls`: bfloat16 on a GPU, float32 on a CPU."""
+    folder = Path(model)
+    hub = not folder.exists() and str(model).count("/") == 1 and not folder.parent.is_dir()  # owner/name
+    if not hub and not (folder / "model_index.json").exists():
+        raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
     try:
         dtype = torch.bfloat16 if device() == "cuda" else torch.float32
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
@@ -356,9 +360,6 @@ def load_pipeline(cls, model, **parts):
 def model_settings(model, step, flags, **defaults):
     """Settings of one script: a flag if it was given, else what the model's folder says (dsd.json), else the default."""
     folder = Path(model)
-    hub = not folder.exists() and str(model).count("/") == 1 and not folder.parent.is_dir()  # owner/name
-    if not hub and not (folder / "model_index.json").exists():
-        raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
     own = json.loads((folder / "dsd.json").read_text()).get(step, {}) if (folder / "dsd.json").exists() else {}
     given = {name: value for name, value in vars(flags).items() if value is not None}
     return {name: given.get(name, own.get(name, default)) for name, default in defaults.items()}

@@ -30,8 +30,9 @@ def find_adapter(args, shipped):
     if args.adapter:
         return args.adapter
     own = Path("runs/adapter")
-    if (own / dsd.ADAPTER_FILE).exists() and json.loads((own / "settings.json").read_text())["model"] == dsd.name_of(args.model):
-        return own
+    if (own / dsd.ADAPTER_FILE).exists():
+        if json.loads((own / "settings.json").read_text())["model"] == dsd.name_of(args.model):
+            return own
     if shipped is None:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
     return Path(args.model) / shipped
@@ -130,8 +131,9 @@ def main():
         raise dsd.DsdError(f"--width and --height must be multiples of {unit} for this model")
     dsd.load_adapter(pipe, adapter)
 
-    cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, "model": dsd.name_of(args.model),
-              "adapter": dsd.name_of(adapter)} for file in references for p in prompts for seed in args.seed]
+    names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}
+    cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, **names}
+             for file in references for p in prompts for seed in args.seed]
     check_length(pipe, dict.fromkeys(case["text"] for case in cases))
     args.out.mkdir(parents=True, exist_ok=True)
     size, images = found.pop("batch_size"), []
@@ -145,7 +147,8 @@ def main():
                                       for k in range(r * per_file, (r + 1) * per_file)]
             for r, image in enumerate(references.values())]
     dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-    print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(adapter)}; look at {args.out / 'contact_sheet.png'}")
+    print(f"{len(cases)} pictures in {args.out} with the adapter {names['adapter']}; "
+          f"look at {args.out / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
