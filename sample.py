@@ -124,11 +124,11 @@ def main():
     references = {str(file): dsd.fit_panel(dsd.open_image(file), found["width"], found["height"])
                   for file in find_references(args, shipped["references"])}
     texts = enhance(args.enhance, references, prompts) if args.enhance else {}
-    adapter = find_adapter(args, shipped["shipped_adapter"])
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model)
     unit = 2 * pipe.vae_scale_factor
     if found["width"] % unit or found["height"] % unit:
         raise dsd.DsdError(f"--width and --height must be multiples of {unit} for this model")
+    adapter = find_adapter(args, shipped["shipped_adapter"])
     dsd.load_adapter(pipe, adapter)
 
     names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}

@@ -115,9 +115,9 @@ def test_curate_without_a_vision_language_model(vlm_name, work, flux, call):
 
 def test_sample_without_prompt_asks_for_one(work, flux, call):
     """A model folder without dsd.json brings no prompts, no references and no adapter."""
-    shutil.copytree(flux, "bare", ignore=shutil.ignore_patterns("dsd.json", "*.safetensors"))
+    shutil.copytree(flux, "bare", ignore=shutil.ignore_patterns("dsd.json"))
     for args, words in ((["--image", "good.png"], "--prompt"), (["--prompt", "a"], "--image"),
-                        (["--image", "good.png", "--prompt", "a"], "finetune.py first")):
+                        (["--image", "good.png", "--prompt", "a", "--width", 32, "--height", 32], "finetune.py first")):
         code, _, err = call(sample, "--model", "bare", *args)
         assert code == 2
         check(err, words)

@@ -387,7 +387,7 @@ def curated(grids_run, tmp_path, monkeypatch, call):
     """curate.py on the six grids with these answers."""
     monkeypatch.setattr(curate, "load_vlm", lambda name: (None, None))
     monkeypatch.setattr(curate, "ask", scripted)
-    code, _, err = call(curate, "--grids", grids_run[0] / "runs" / "grids", "--out", tmp_path / "pairs")
+    code, _, err = call(curate, "--grids", grids_run[0] / "runs" / "grids", "--tolerance", 0, "--out", tmp_path / "pairs")
     assert code == 0, err
     return tmp_path / "pairs"
 

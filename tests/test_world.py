@@ -80,20 +80,23 @@ def drawn(monkeypatch):
     return seen
 
 
-ODD = pytest.mark.xfail(strict=True, reason="the odd panel of a sheet may be a held-out one (one in 400); known, waits "
-                                            "for the next pretraining")
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("layout", [(2, 2), (1, 2), (1, 1)])
+def test_sheets_show_only_critters_of_the_side_asked_for(drawn, layout, held_out):
+    world.sheets(4000, torch.Generator().manual_seed(0), layout, held_out=held_out)
+    assert words(drawn[0][0]) <= words(world.identity_of(ALL[world.is_held_out(ALL) == held_out]))
 
 
-@pytest.mark.parametrize("layout", [pytest.param((2, 2), marks=ODD), pytest.param((1, 2), marks=ODD), (1, 1)])
-def test_training_sheets_show_no_held_out_critter(drawn, layout):
-    world.sheets(4000, torch.Generator().manual_seed(0), layout)
-    held_out = words(world.identity_of(ALL[world.is_held_out(ALL)]))
-    assert not words(drawn[0][0]) & held_out
+def test_identity_number_inverts_identity_of():
+    assert torch.equal(world.identity_number(world.identity_of(ALL)), ALL)
 
 
-def test_held_out_sheets_are_about_held_out_critters(drawn):
-    world.sheets(500, torch.Generator().manual_seed(0), (1, 1), held_out=True)
-    assert words(drawn[0][0]) <= words(world.identity_of(ALL[world.is_held_out(ALL)]))
+def test_changes_for_training_never_make_a_held_out_identity():
+    g = torch.Generator().manual_seed(0)
+    identity = world.identity_of(world.draw_identities(3000, g))
+    changed = world.change_in_training(identity, torch.randint(1, 4, (3000,), generator=g), g)
+    assert not world.is_held_out(world.identity_number(changed)).any()
+    assert (changed != identity).any(1).float().mean() > .99
 
 
 def test_panels_of_a_sheet_show_one_critter_and_in_a_tenth_one_other_of_the_same_name(drawn):
