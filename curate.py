@@ -4,7 +4,7 @@ The grids of step 1 are cut into panels and the panels into ordered pairs (refer
 is asked about each pair in a chain of thought (paper, section 3.2 and its appendix): name the common subject, describe
 it in each image, compare part by part, then a one-word verdict. The targets of accepted pairs are captioned.
 
-    python curate.py                                   # the miniature: a minute or two on two CPU cores, 1 GB
+    python curate.py                                   # the miniature: a minute on two CPU cores
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8       # the real one, on a GPU of 24 GB or more
 
 Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
@@ -134,7 +134,7 @@ def curate(grids, panels, model, args):
     for (n, i, j), answer in zip(asked, answers):
         verdict, reason = parse(answer, args.tolerance)
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
-                        "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "vlm": str(args.vlm),
+                        "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "vlm": dsd.name_of(args.vlm),
                         "tolerance": args.tolerance, "caption": args.caption, "captions": {},
                         "question": PAIR_QUESTION, "answer": answer})
     accepted = [r for r in records if r["verdict"] == "yes"]
@@ -176,7 +176,7 @@ def summarise(records, pairs, args):
     return {"grids": len({r["grid"] for r in records}), "training_pairs": len(pairs), **count(records),
             "by_family": {f: count([r for r in records if r["family"] == f])
                           for f in sorted({r["family"] for r in records})},
-            "vlm": str(args.vlm), "caption": args.caption,
+            "vlm": dsd.name_of(args.vlm), "caption": args.caption,
             "tolerance": args.tolerance}
 
 
@@ -205,7 +205,7 @@ def read_grids(args):
     old = dsd.read_records(args.out / "transcripts.jsonl")
     for r in old:
         if (r["prompt"], r["vlm"], r["caption"], r["tolerance"]) != (
-                grids.get(r["grid"], r)["prompt"], str(args.vlm), args.caption, args.tolerance):
+                grids.get(r["grid"], r)["prompt"], dsd.name_of(args.vlm), args.caption, args.tolerance):
             raise dsd.DsdError(f"{args.out} was made from other grids or with another --vlm, --caption or --tolerance; "
                                "delete it or give another --out")
     last = {(r["grid"], *r["panels"]): r for r in old if r["grid"] in grids}  # a torn grid was asked about twice
@@ -217,7 +217,8 @@ def read_grids(args):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
-    parser.add_argument("--vlm", default="miniature/vlm", help="an image-text-to-text folder or hub name")
+    parser.add_argument("--vlm", default=str(dsd.MINIATURE / "vlm"),
+                        help="an image-text-to-text folder or hub name (default: the miniature)")
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     parser.add_argument("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
     parser.add_argument("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "

@@ -5,10 +5,10 @@
     python sample.py --image a.png b.png --prompt "..." "..." --seed 0 1 2 --image_guidance 1.5 --text_guidance 2
     python sample.py --model black-forest-labs/FLUX.1-dev --adapter FOLDER --image photo.jpg --prompt "..."
 
-No tuning happens here. Every image is combined with every prompt and every seed. `{name}`
-in a prompt stands for the image's file name ("a {name} in space"). An image is cropped at its centre to the panel's
-proportions and resized (FLUX: 512x512). Adapters: what finetune.py wrote, or the authors' released folder.
-Without --adapter: runs/adapter if finetune.py has made one, else the one shipped with the model.
+No tuning happens here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands
+for the image's file name ("a {name} in space"). An image is cropped at its centre to the panel's proportions and resized
+(FLUX: 512x512). Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if
+finetune.py has made one, else the one shipped with the model.
 
 Writes to --out: a PNG an image, its settings in the PNG's text fields, and `contact_sheet.png`, references on the left.
 """
