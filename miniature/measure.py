@@ -1,45 +1,147 @@
-"""Measures the miniature's models: `python miniature/measure.py vlm`. Prints what it finds and writes it as JSON.
+"""Measures the miniature's models: `python miniature/measure.py vae`, `judge`, `vlm`, `teacher`.
 
-vlm: verdicts on rendered pairs of held-out critters, asked by curate.py's own code in its own words. Half of the
-pairs show one critter, half two that differ in one or two attributes.
+Each prints what it finds and writes it to runs/measure as JSON. Everything is drawn from held-out identities.
+
+vae      how well panels survive encoding and decoding, in dB
+judge    share of right answers for each attribute of a panel
+vlm      verdicts on rendered pairs, asked by curate.py's own code in its own words; half of the pairs show one critter,
+         half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
+teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
+         and how often the VLM's verdict on two panels is the judge's
 """
 
 import argparse
+import itertools
+import json
 import re
 import sys
 import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageClassification
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import curate  # noqa: E402
 import dsd  # noqa: E402
+import generate_grids  # noqa: E402
+import lessons  # noqa: E402
+import models  # noqa: E402
 import pretrain  # noqa: E402
 import world  # noqa: E402
 
+NAMES = [*world.IDENTITY, *world.CONTEXT]
 ATTRIBUTES = {"shape": "shape", "ears": "ears", "colour": "colour", "tone": "tone", "second": "trim",
               "pattern": "pattern", "eyes": "eyes"}  # of the world -> the VLM's word for it
 
 
+# ---- the VAE and the judge -------------------------------------------------------------------------------------------
+def held_out_panels(count, seed):
+    """`count` panels (count, 3, s, s) in [0, 1] of held-out critters and their ten attributes (count, 10)."""
+    generator = torch.Generator().manual_seed(seed + 2_000)
+    identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
+    context = world.draw_contexts(count, generator)
+    return (world.render(identity, context, world.draw_poses(count, generator), models.PANEL),
+            torch.cat([identity, context], 1))
+
+
+@torch.inference_mode()
+def measure_vae(args):
+    vae = AutoencoderKL.from_pretrained(args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32)
+    images, _ = held_out_panels(args.count, args.seed)
+    errors = [(vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + .5 - x).square().mean()
+              for x in tqdm(images.split(30), desc="panels")]
+    psnr = -10 * torch.stack(errors).mean().log10().item()
+    print(f"{psnr:.2f} dB on {args.count} panels")
+    return {"panels": args.count, "psnr_db": round(psnr, 2)}
+
+
+class Judge:
+    """The classifier of miniature/judge: `Judge()(images)`, images (N, 3, s, s) in [0, 1] -> attributes (N, 10)."""
+
+    def __init__(self, folder=HERE / "judge"):
+        self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        self.sizes = [len(values) for values in lessons.VALUES]
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        logits = torch.cat([self.model(pixel_values=x * 2 - 1).logits for x in images.split(100)])
+        return torch.stack([part.argmax(1) for part in logits.split(self.sizes, 1)], 1)
+
+
+def measure_judge(args):
+    images, attributes = held_out_panels(args.count, args.seed)
+    right = Judge(args.judge)(images) == attributes
+    result = {"panels": args.count} | dict(zip(NAMES, (round(x, 4) for x in right.float().mean(0).tolist())))
+    result["all_identity"], result["all"] = right[:, :7].all(1).float().mean().item(), right.all(1).float().mean().item()
+    print(", ".join(f"{name} {share:.1%}" for name, share in result.items() if name != "panels"), f"({args.count} panels)")
+    return result
+
+
+# ---- the teacher -----------------------------------------------------------------------------------------------------
+def asked_context(prompt):
+    """The context (scene, accessory, light) that a panel's prompt asks for."""
+    found = [[value in prompt if value else not any(v in prompt for v in values if v) for value in values]
+             for values in world.CONTEXT.values()]
+    return [row.index(True) for row in found]
+
+
+def measure_teacher(args):
+    settings = json.loads((Path(args.model) / "dsd.json").read_text())["generate_grids"]
+    pipe = dsd.load_pipeline(FluxPipeline, args.model)
+    families = ["subject", "subject", "relight"]
+    grids = [generate_grids.grammar_prompts(settings["grammar"], families, 10**9 + args.seed * 10**6 + i)
+             | {"seed": 10**9 + args.seed * 10**6 + i} for i in range(args.count)]
+    panels, begun = [], time.time()
+    for i in tqdm(range(0, args.count, 20), desc="batches of grids"):
+        for image in generate_grids.draw_grids(pipe, grids[i:i + 20], settings):
+            panels.append(dsd.cut_grid(image))
+    seconds = (time.time() - begun) / args.count
+    images = torch.cat([dsd.to_pixels(four) for four in panels]) / 2 + .5  # (4 count, 3, s, s)
+    seen = Judge(args.judge)(images).view(args.count, 4, 10)
+    asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
+    named = torch.tensor([[[values.index(word) for values, word in zip(lessons.VALUES, grid["subject"].split()[-3:-1])]] * 4
+                          for grid in grids])  # shape and ears of "a round horned critter"
+    pairs = list(itertools.combinations(range(4), 2))
+    equal = torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)  # (count, 6, 7)
+    share = lambda x: round(x.float().mean().item(), 4)  # noqa: E731
+    differing = (~equal).sum(2)
+    result = {"grids": args.count, "seconds_per_grid": round(seconds, 3),
+              "context_right": {n: share(seen[..., 7 + k] == asked[..., k]) for k, n in enumerate(world.CONTEXT)}
+              | {"all": share((seen[..., 7:] == asked).all(-1)), "shape": share(seen[..., 0] == named[..., 0]),
+                 "ears": share(seen[..., 1] == named[..., 1])},
+              "pairs_equal": {n: share(equal[..., k]) for k, n in enumerate(world.IDENTITY)}
+              | {"all": share(differing == 0), "all but one": share(differing <= 1)}}
+    if args.vlm:
+        model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(min(args.count, 170)) for i, j in pairs]
+        answers = curate.ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in cases], curate.PAIR_QUESTION, 64, 200)
+        for tolerance in (0, 1):
+            said = torch.tensor([curate.parse(a, tolerance)[0] == "yes" for a in answers])
+            truth = differing.flatten()[:len(cases)] <= tolerance
+            result[f"vlm_tolerance_{tolerance}"] = {
+                "pairs": len(cases), "agrees": share(said == truth), "accepted": share(said),
+                "judge_accepts": share(truth), "accepted_that_judge_accepts": share(truth[said]) if said.any() else None}
+    for key, value in result.items():
+        print(f"{key}: {value}")
+    return result
+
+
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
 def held_out_change(identity, count, generator):
-    """world.change_attributes, drawn again until the result is held out too and no more than `count` attributes differ."""
+    """world.change_attributes, drawn again until the result is held out too."""
     changed = world.change_attributes(identity, count, generator)
-    while True:
-        differing = (changed != identity).sum(1)
-        bad = ~world.is_held_out(world.identity_number(changed)) | (differing > count)
-        if not bad.any():
-            return changed
+    while (bad := ~world.is_held_out(world.identity_number(changed))).any():
         changed[bad] = world.change_attributes(identity[bad], count[bad], generator)
+    return changed
 
 
 def held_out_pairs(count, generator):
     """`count` pairs of panels (count, 2, 3, s, s) in uint8 and their attributes (count, 2, 10)."""
-    images, attributes = pretrain.draw_pool(count, generator, held_out_change, held_out=True)
+    images, attributes = lessons.draw_pool(count, generator, held_out_change, held_out=True)
     yes = torch.arange(count) % 2 == 0
     pick = torch.randint(15, (count,), generator=generator)
     same = torch.tensor([[0, 1], [0, 2], [1, 2]])[pick % 3]
@@ -70,7 +172,7 @@ def measure_vlm(args):
     captions = curate.ask(*model, panels, curate.DESCRIBE_QUESTION, args.batch_size, 60)
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
-    wanted = [pretrain.instruction(*pair.tolist()) for pair in attributes[:200]]
+    wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
@@ -113,16 +215,18 @@ def print_verdicts(result):
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-COMMANDS = {"vlm": measure_vlm}
+COMMANDS = {"vae": measure_vae, "judge": measure_judge, "vlm": measure_vlm, "teacher": measure_teacher}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--vlm", default=str(HERE / "vlm"))
-    parser.add_argument("--count", type=int, default=600, help="pairs to ask about")
+    parser.add_argument("--vlm", default=str(HERE / "vlm"), help='"" measures the teacher without it')
+    parser.add_argument("--model", default=str(HERE / "flux"), help="the teacher's folder")
+    parser.add_argument("--judge", default=str(HERE / "judge"))
+    parser.add_argument("--count", type=int, default=600, help="panels, pairs or grids")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--vae", help="vlm: send the panels through this VAE folder first, as all generated panels are")
+    parser.add_argument("--vae", help="the VAE (default: the teacher's); vlm: send the panels through it first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/measure"))

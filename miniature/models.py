@@ -3,9 +3,9 @@
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config,
-                          T5EncoderModel)
+from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, ConvNextConfig,
+                          ConvNextForImageClassification, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                          LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
 
 import world
 
@@ -132,7 +132,7 @@ def make_vlm(words):
     vision = CLIPVisionConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6,
                               image_size=PANEL, patch_size=PANEL // 4, projection_dim=192)
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         bos_token_id=3)
     model = LlavaForConditionalGeneration(LlavaConfig(
@@ -145,3 +145,16 @@ def make_vlm(words):
         image_processor=images, tokenizer=tokenizer, patch_size=PANEL // 4, vision_feature_select_strategy="full",
         num_additional_image_tokens=1, chat_template=VLM_TEMPLATE)
     return model, processor
+
+
+def judge_labels():
+    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes."""
+    return [f"{name}: {value or 'nothing'}" for name, values in (world.IDENTITY | world.CONTEXT).items() for value in values]
+
+
+def make_judge():
+    """A small ConvNeXt whose logits are ten classifications side by side: take the argmax of each attribute's own."""
+    labels = dict(enumerate(judge_labels()))
+    return ConvNextForImageClassification(ConvNextConfig(
+        image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,
+        id2label=labels, label2id={label: i for i, label in labels.items()}))

@@ -1,6 +1,6 @@
-"""Makes the miniature's models from nothing: `python miniature/pretrain.py vae`, then `flux`, then `vlm`.
+"""Makes the miniature's models from nothing: `python miniature/pretrain.py vae`, then `flux`, `vlm` and `judge`.
 
-Each command writes the folder that is committed (miniature/flux, miniature/vlm) and keeps its checkpoint, its log and a
+Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge) and keeps its checkpoint, its log and a
 picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
 checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
 identities that are not held out.
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import curate  # noqa: E402
 import dsd  # noqa: E402
+import lessons  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 
@@ -161,6 +161,8 @@ def pretrain_flux(args):
     pipe.set_progress_bar_config(disable=True)
     models.zero_init(pipe.transformer)
     net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    if args.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
     if args.export:
         load_averages("flux", net)
         return write_flux(pipe)
@@ -192,6 +194,7 @@ def pretrain_flux(args):
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
         return F.mse_loss(v.float(), dsd.velocity(x_0, eps))
 
+    @torch.compiler.set_stance("force_eager")
     def picture(path):
         prompts = world.sheets(12, torch.Generator().manual_seed(2))[1]
         side = models.PANEL * 2
@@ -230,39 +233,15 @@ def draw_references(args, count=8):
 
 
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
-POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
-VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values()]  # of the ten attributes, in the order of the columns
-
-
-def draw_pool(groups, generator, change=world.change_in_training, held_out=False):
-    """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their ten attributes (groups, 6, 10).
-
-    Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
-    3 and 4 show one that differs from it in one or two attributes, 3 exactly where 0 is. Panel 5 differs in three."""
-    a = world.identity_of(world.draw_identities(groups, generator, held_out))
-    b = change(a, torch.randint(1, 3, (groups,), generator=generator), generator)
-    c = change(a, torch.full((groups,), 3), generator)
-    identity = torch.stack([a, a, a, b, b, c], 1)
-    context = world.draw_contexts(groups * 6, generator).view(groups, 6, 3)
-    pose = world.draw_poses(groups * 6, generator).view(groups, 6, 4)
-    context[:, 2, :2], context[:, 3], pose[:, 2], pose[:, 3] = context[:, 0, :2], context[:, 0], pose[:, 0], pose[:, 0]
-    context[:, 2, 2] = (context[:, 0, 2] + torch.randint(1, 4, (groups,), generator=generator)) % 4
-    images = []
-    for part in tqdm(range(0, groups, 100), desc="draw panels"):
-        rows = [t[part:part + 100].flatten(0, 1) for t in (identity, context, pose)]
-        images.append((world.render(*rows, models.PANEL) * 255).round().byte())
-    return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context], 2)
-
-
 def pool_of_panels(args):
     """The training pool, drawn once and kept in runs/pretrain/vlm. A quarter of it has gone through the VAE, as every
     panel that curation will see has."""
-    path = Path("runs/pretrain/vlm") / f"panels_{POOL}_{args.seed}_vae.safetensors"
+    path = Path("runs/pretrain/vlm") / f"panels_{lessons.POOL}_{args.seed}_vae.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         vae = AutoencoderKL.from_pretrained("runs/pretrain/vae/vae", torch_dtype=torch.float32).to(args.device)
-        images, attributes = draw_pool(POOL, torch.Generator().manual_seed(args.seed + 77))
-        images[:POOL // 4] = through_vae(images[:POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
+        images, attributes = lessons.draw_pool(lessons.POOL, torch.Generator().manual_seed(args.seed + 77))
+        images[:lessons.POOL // 4] = through_vae(images[:lessons.POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
         save_file({"images": images, "attributes": attributes}, f"{path}.part")
         Path(f"{path}.part").rename(path)
     pool = load_file(path)
@@ -280,175 +259,16 @@ def through_vae(images, vae):
     return torch.cat(parts)
 
 
-def degrade(images, generator):
-    """What a small diffusion model and its VAE do to panels (N, 3, s, s) in [-1, 1]: blur, tint, noise."""
-    n = len(images)
-    u = torch.rand(n, 6, generator=generator)
-    a = .22 * (u[:, 0] * 2 - 1).clamp(min=0).view(n, 1, 1, 1)  # half of them are not blurred
-    for roll, pad in ((3, (1, 1, 0, 0)), (2, (0, 0, 1, 1))):
-        wide, size = F.pad(images, pad, mode="replicate"), images.shape[roll]
-        images = (1 - 2 * a) * images + a * (wide.narrow(roll, 0, size) + wide.narrow(roll, 2, size))
-    images = images * (1 + .06 * (u[:, 1].view(n, 1, 1, 1) - .5)) + .06 * (u[:, 2:5].view(n, 3, 1, 1) - .5)
-    noise = torch.randn(images.shape, generator=generator)
-    return (images + .05 * u[:, 5].view(n, 1, 1, 1) ** 2 * noise).clamp(-1, 1)
-
-
-def attribute_words(row):
-    """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: ten numbers."""
-    words = [values[i] for values, i in zip(VALUES[:7], row)]
-    return [*words[:5], "trim" if words[5] == "plain" else words[5], words[6]]
-
-
-def describe(row):
-    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: ten numbers."""
-    shape, ears, colour, tone, second, marks, eyes = attribute_words(row)
-    return f"{shape} {ears} {tone} {colour}, {second} {marks}, {eyes} {'eye' if eyes == 'one' else 'eyes'}"
-
-
-def comparison(a, b):
-    """The chain of thought about two panels, all lines but the last.
-
-    The line "compare" says both values before it judges them: "ears horned horned same, colour red blue different".
-    A small model learns that in minutes, and the judgement without the values hardly at all."""
-    names, x, y = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"], attribute_words(a), attribute_words(b)
-    parts = ", ".join(f"{name} {u} {v} {'same' if u == v else 'different'}" for name, u, v in zip(names, x, y))
-    return f"subject: a {world.noun(a)}\nimage 1: {describe(a)}\nimage 2: {describe(b)}\ncompare: {parts}\n"
-
-
-def instruction(a, b):
-    """What turns panel a into panel b: the new setting, or the new light if nothing else changes."""
-    if (a[7], a[8]) == (b[7], b[8]) and a[9] != b[9]:
-        return f"keep the scene but show it {VALUES[9][b[9]]}"
-    return f"show this critter {world.setting(b[7:])}"
-
-
-def pair_lesson(a, b, kind):
-    """Question and answer about panels a and b (10 numbers each); kind in [0, 1) chooses the question."""
-    differing = sum(x != y for x, y in zip(a[:7], b[:7]))
-    if kind < .7:
-        return curate.PAIR_QUESTION, comparison(a, b) + f"verdict: {'no' if differing else 'yes'}"
-    if kind < .85:
-        return curate.INSTRUCTION_QUESTION, instruction(a, b)
-    return curate.SUBJECT_SCORE_QUESTION, comparison(a, b) + f"score: {max(4 - differing, 0)}"
-
-
-def panel_lesson(a, kind, generator):
-    """Question and answer about one panel a (10 numbers)."""
-    caption = world.panel_caption(a[:7], a[7:])
-    if kind < .5:
-        return curate.DESCRIBE_QUESTION, caption
-    if kind < .75:
-        return curate.DETAILS_QUESTION, world.details(a[:7])
-    asked, wrong = list(a), torch.rand(4, generator=generator) < .8 * torch.rand(1, generator=generator)
-    for column, change in zip((0, 7, 8, 9), wrong):  # the prompt asks for another shape, scene, accessory, light
-        if change:
-            asked[column] = (a[column] + 1 + int(torch.randint(len(VALUES[column]) - 1, (1,), generator=generator))
-                             ) % len(VALUES[column])
-    prompt = world.panel_caption(asked[:7], asked[7:])
-    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), f"image: {caption}\nscore: {4 - int(wrong.sum())}"
-
-
-def vlm_words():
-    """Every word that the VLM reads and writes, sorted."""
-    questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
-    generator = torch.Generator().manual_seed(0)
-    answers = " ".join(pair_lesson([0] * 10, [i] * 10, k)[1] for i in range(2) for k in (0, .8, .9))
-    answers += " " + panel_lesson([0] * 10, .9, generator)[1] + " . , : ; ? ! 0 1 2 3 4"
-    text = f"{questions} {answers}".lower().replace("{prompt}", " ")
-    for mark in ".,:;?!":
-        text = text.replace(mark, f" {mark} ")
-    return sorted({*text.split(), *models.world_words()})
-
-
-class Lessons(torch.nn.Module):
-    """The VLM and, beside it, linear heads that read the ten attributes off the class token while it learns to see."""
-
-    def __init__(self, vlm, processor):
-        super().__init__()
-        self.vlm, self.tokenizer, self.sizes = vlm, processor.tokenizer, [len(v) for v in VALUES]
-        width = vlm.config.vision_config.hidden_size
-        self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
-        weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
-        for words, w in (("subject image shape ears colour tone compare verdict score a the : , . \n", .2),
-                         ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
-            weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
-        self.register_buffer("word_weight", weight, persistent=False)
-
-    def see(self, images):
-        """Panels (N, 3, s, s) in [-1, 1] -> features (N, 17, width) of the vision tower's last layer."""
-        return self.vlm.model.vision_tower(pixel_values=images, output_hidden_states=True).hidden_states[-1]
-
-    def attribute_loss(self, features, attributes):
-        """Cross entropy of the ten attributes, averaged."""
-        logits = self.heads(features[:, 0]).float().split(self.sizes, 1)
-        return sum(F.cross_entropy(x, y) for x, y in zip(logits, attributes.T)) / len(self.sizes)
-
-    def comparing_loss(self, pairs):
-        """Cross entropy of what follows "compare" when both descriptions are given as text; no image is needed."""
-        answers = [pair_lesson(a, b, kind)[1] for kind in (0., 1.) for a, b in zip(*pairs)]
-        ids = torch.tensor(self.tokenizer(answers).input_ids).to(self.word_weight.device)  # all have the same length
-        start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("compare"))
-        hidden = self.vlm.model.language_model(input_ids=ids, use_cache=False).last_hidden_state[:, start:-1]
-        target = ids[:, start + 1:].flatten()
-        loss = F.cross_entropy(self.vlm.lm_head(hidden).float().flatten(0, 1), target, reduction="none")
-        weight = self.word_weight[target]
-        return (loss * weight).sum() / weight.sum()
-
-    def answer_loss(self, features, lessons):
-        """Weighted cross entropy of the answers' words: features (n * images, 17, width), lessons n (question, answer)."""
-        n, tokens = len(lessons), len(features) // len(lessons) * features.shape[1]
-        image, answer = self.tokenizer.convert_tokens_to_ids(models.VLM_SPECIAL)
-        rows, starts = [], []
-        for question, reply in lessons:
-            asked = [image] * tokens + self.tokenizer(question).input_ids + [answer]
-            rows.append(torch.tensor(asked + self.tokenizer(reply).input_ids + [self.tokenizer.eos_token_id]))
-            starts.append(len(asked))
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(features.device)  # padded by <pad> = 0
-        embeds = self.vlm.get_input_embeddings()(ids)
-        seen = self.vlm.model.multi_modal_projector(features).reshape(n, tokens, -1)
-        embeds = torch.cat([seen.to(embeds.dtype), embeds[:, tokens:]], 1)
-        hidden = self.vlm.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        place = torch.arange(ids.shape[1])[None]
-        wanted = (place >= torch.tensor(starts)[:, None]) & (place < torch.tensor([len(r) for r in rows])[:, None])
-        wanted = wanted[:, 1:].to(ids.device)
-        target = ids[:, 1:][wanted]
-        loss = F.cross_entropy(self.vlm.lm_head(hidden[:, :-1][wanted]).float(), target, reduction="none")
-        weight = self.word_weight[target]
-        return (loss * weight).sum() / weight.sum()
-
-
-def draw_descriptions(n, generator):
-    """Attributes of n imagined pairs, two lists of rows of ten numbers: any share of them agrees."""
-    a, b = (torch.cat([world.identity_of(world.draw_identities(n, generator)), world.draw_contexts(n, generator)], 1)
-            for _ in range(2))
-    agree = torch.rand(n, 10, generator=generator) < 1.3 * torch.rand(n, 1, generator=generator)
-    return a.tolist(), torch.where(agree, a, b).tolist()
-
-
-def draw_pairs(attributes, n, generator):
-    """Places in the pool (n, 2, 2) (group, panel) of n pairs: 40 % one critter, 30 % two that differ in one to three
-    attributes, 30 % of different groups: from these, where most words differ, it learns to compare words at all."""
-    group = torch.randint(len(attributes), (n, 1), generator=generator).repeat(1, 2)
-    u = torch.rand(n, 3, generator=generator)
-    same = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])[(u[:, 1] * 4).long()]
-    other = torch.tensor([[0, 3], [1, 3], [0, 4], [1, 4], [2, 3], [1, 5]])[(u[:, 1] * 6).long()]
-    panel = torch.where(u[:, :1] < .4, same, other)
-    panel = torch.where(u[:, 2:] < .5, panel, panel.flip(1))
-    far = u[:, 0] > .7
-    group[far, 1] = torch.randint(len(attributes), (int(far.sum()),), generator=generator)
-    return torch.stack([group, panel], 2)
-
-
 def pretrain_vlm(args):
     """First the vision tower learns to see (all attributes of single panels), then the language model to compare two
     descriptions, from text alone; then the whole learns to answer. In one go the same takes many times as long."""
     images, attributes = pool_of_panels(args)
-    vlm, processor = models.make_vlm(vlm_words())
-    net = Lessons(vlm, processor).to(args.device).train()
+    vlm, processor = models.make_vlm(lessons.vlm_words())
+    net = lessons.Lessons(vlm, processor).to(args.device).train()
     n = args.batch_size // 4
 
     def panels(group, panel, generator):
-        return degrade(images[group, panel].float() / 127.5 - 1, generator).to(args.device)
+        return lessons.degrade(images[group, panel].float() / 127.5 - 1, generator).to(args.device)
 
     def seeing(step, generator):
         group = torch.randint(len(images), (args.batch_size,), generator=generator)
@@ -456,21 +276,21 @@ def pretrain_vlm(args):
         return net.attribute_loss(net.see(panels(group, panel, generator)), attributes[group, panel].to(args.device))
 
     def comparing(step, generator):
-        return net.comparing_loss(draw_descriptions(args.batch_size // 2, generator))
+        return net.comparing_loss(lessons.draw_descriptions(args.batch_size // 2, generator))
 
     def answering(step, generator):
-        pairs = draw_pairs(attributes, n, generator).view(n * 2, 2)
+        pairs = lessons.draw_pairs(attributes, n, generator).view(n * 2, 2)
         single = torch.stack([torch.randint(len(images), (n,), generator=generator),
                               torch.randint(6, (n,), generator=generator)], 1)
         group, panel = torch.cat([pairs, single]).unbind(1)
         rows, kind = attributes[group, panel], torch.rand(2, n, generator=generator)
         features = net.see(panels(group, panel, generator))
         told = rows.tolist()
-        about_pairs = [pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)]
-        about_panels = [panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)]
+        about_pairs = [lessons.pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)]
+        about_panels = [lessons.panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)]
         return (net.answer_loss(features[:2 * n], about_pairs) + .5 * net.answer_loss(features[2 * n:], about_panels)
                 + .5 * net.attribute_loss(features, rows.to(args.device))
-                + .5 * net.comparing_loss(draw_descriptions(n // 2, generator)))
+                + .5 * net.comparing_loss(lessons.draw_descriptions(n // 2, generator)))
 
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
@@ -492,10 +312,35 @@ def write_vlm(vlm, processor, folder):
     print(f"wrote {folder}: {sum(p.numel() for p in vlm.parameters()) / 1e6:.1f} M parameters")
 
 
+# ---- the judge -------------------------------------------------------------------------------------------------------
+def pretrain_judge(args):
+    """Name all ten attributes of freshly drawn panels, half of them blurred, tinted or noised a little.
+
+    It sees renderings only and shares no weights with the models that it judges."""
+    judge = models.make_judge().to(args.device).train()
+    sizes = [len(values) for values in lessons.VALUES]
+
+    def loss_of_step(step, generator):
+        n = args.batch_size
+        identity = world.identity_of(world.draw_identities(n, generator))
+        context = world.draw_contexts(n, generator)
+        x = world.render(identity, context, world.draw_poses(n, generator), models.PANEL) * 2 - 1
+        clean = torch.rand(n, 1, 1, 1, generator=generator) < .5
+        x = torch.where(clean, x, lessons.degrade(x, generator))
+        logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
+        wanted = torch.cat([identity, context], 1).to(args.device)
+        return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
+
+    judge = fit("judge", judge, loss_of_step, args)
+    judge.half().save_pretrained(HERE / "judge")
+    print(f"wrote {HERE / 'judge'}: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters")
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
-COMMANDS = {"vae": (pretrain_vae, dict(steps=2400, batch_size=32, learning_rate=2e-3)),
+COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=2e-3)),
             "flux": (pretrain_flux, dict(steps=6000, batch_size=16, learning_rate=1.5e-3)),
             "references": (draw_references, {}),
+            "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
             "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3))}
 
 
@@ -505,9 +350,10 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--sheets", type=int, default=24_000, help="flux: how many grids to draw and encode")
+    parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
     parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
     parser.add_argument("--word_steps", type=int, default=600, help="vlm: steps of the language model by itself, next")
+    parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_minutes", type=float, default=3.0)

@@ -4,8 +4,8 @@ A critter has an IDENTITY, which mostly only a picture can tell (colours, patter
 named by the prompt), and stands in a CONTEXT, which the prompt tells (scene, accessory, light), in a free POSE.
 Everything is drawn from signed distance functions in torch, a whole batch at once: no file, no download.
 
-The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) % 10 == 0`
-(Knuth's multiplicative hash, so that held-out critters spread evenly over all attributes). See `is_held_out`.
+The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) // 2**16 % 10 == 0`
+(Knuth's multiplicative hash; its upper half, for the lower bits are those of `i`). See `is_held_out`.
 """
 
 import torch
@@ -61,7 +61,7 @@ def identity_of(index):
 
 def is_held_out(index):
     """True for the tenth of the identities (N,) that no training set may contain."""
-    return (torch.as_tensor(index) * 2654435761 % 2**32) % 10 == 0
+    return torch.as_tensor(index) * 2654435761 % 2**32 // 2**16 % 10 == 0
 
 
 def draw_identities(n, generator, held_out=False):
@@ -86,9 +86,7 @@ def draw_poses(n, generator):
 
 
 def change_attributes(identity, count, generator):
-    """Copies of `identity` (N, 7) in which `count` (N,) randomly chosen attributes take another value.
-
-    A changed colour may collide with the second colour: then the second colour moves on by one as well."""
+    """Copies of `identity` (N, 7) in which `count` (N,) randomly chosen attributes take another value."""
     other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
     order = torch.rand(identity.shape, generator=generator).argsort(1)
     for column, size in enumerate(sizes):
@@ -96,8 +94,8 @@ def change_attributes(identity, count, generator):
         step = torch.randint(1, size, (len(identity),), generator=generator)
         other[:, column] = torch.where(change, (identity[:, column] + step) % size, identity[:, column])
     clash = other[:, 2] == other[:, 4]
-    moved = torch.where(identity[:, 4] == other[:, 4], other[:, 4], (other[:, 4] + 1) % 8)
-    other[:, 4] = torch.where(clash, torch.where(moved == other[:, 2], (moved + 1) % 8, moved), other[:, 4])
+    if clash.any():  # main and second colour are never equal: draw these again
+        other[clash] = change_attributes(identity[clash], count[clash], generator)
     return other
 
 

@@ -42,12 +42,10 @@ def vlm(tmp_path_factory):
     folder = ROOT / "miniature" / "vlm"
     if (folder / "model.safetensors").exists():
         return folder
-    import pretrain
+    import lessons
 
-    import curate
-    pretrain.curate = curate
     folder = tmp_path_factory.mktemp("models") / "vlm"
-    for part in models.make_vlm(pretrain.vlm_words()):
+    for part in models.make_vlm(lessons.vlm_words()):
         part.save_pretrained(folder)
     return folder
 

@@ -43,8 +43,6 @@ def test_about_a_tenth_is_held_out_and_the_rest_has_every_value_of_every_attribu
     assert values(held_out=False) == SIZES
 
 
-@pytest.mark.xfail(strict=True, reason="the hash is even only for even numbers, so only three of the six shapes are "
-                                       "held out; known, waits for the next pretraining")
 def test_held_out_identities_have_every_value_of_every_attribute():
     assert values(held_out=True) == SIZES
 
@@ -57,13 +55,12 @@ def test_drawn_identities_are_of_the_side_asked_for(held_out):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_change_attributes_makes_valid_identities_that_nearly_always_differ_as_asked(count):
+def test_change_attributes_makes_valid_identities_that_differ_as_asked(count):
     g = torch.Generator().manual_seed(0)
     identity = world.identity_of(world.draw_identities(2000, g))
     other = world.change_attributes(identity, torch.full((2000,), count), g)
     differing = (other != identity).sum(1)
-    assert (differing <= count + 1).all()  # one more where colours would collide
-    assert (differing == count).float().mean() > .93 and (differing < count).float().mean() < .01
+    assert (differing == count).all()
     assert words(other) <= words(world.identity_of(ALL))
 
 

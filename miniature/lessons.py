@@ -1,0 +1,191 @@
+"""What the miniature's VLM learns from: rendered pairs, the questions of curate.py about them, and the true answers."""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import curate
+import models
+import world
+
+POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
+VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values()]  # of the ten attributes, in the order of the columns
+
+
+def draw_pool(groups, generator, change=world.change_in_training, held_out=False):
+    """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their ten attributes (groups, 6, 10).
+
+    Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
+    3 and 4 show one that differs from it in one or two attributes, 3 exactly where 0 is. Panel 5 differs in three."""
+    a = world.identity_of(world.draw_identities(groups, generator, held_out))
+    b = change(a, torch.randint(1, 3, (groups,), generator=generator), generator)
+    c = change(a, torch.full((groups,), 3), generator)
+    identity = torch.stack([a, a, a, b, b, c], 1)
+    context = world.draw_contexts(groups * 6, generator).view(groups, 6, 3)
+    pose = world.draw_poses(groups * 6, generator).view(groups, 6, 4)
+    context[:, 2, :2], context[:, 3], pose[:, 2], pose[:, 3] = context[:, 0, :2], context[:, 0], pose[:, 0], pose[:, 0]
+    context[:, 2, 2] = (context[:, 0, 2] + torch.randint(1, 4, (groups,), generator=generator)) % 4
+    images = []
+    for part in tqdm(range(0, groups, 100), desc="draw panels"):
+        rows = [t[part:part + 100].flatten(0, 1) for t in (identity, context, pose)]
+        images.append((world.render(*rows, models.PANEL) * 255).round().byte())
+    return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context], 2)
+
+
+def degrade(images, generator):
+    """What a small diffusion model and its VAE do to panels (N, 3, s, s) in [-1, 1]: blur, tint, noise."""
+    n = len(images)
+    u = torch.rand(n, 6, generator=generator)
+    a = .22 * (u[:, 0] * 2 - 1).clamp(min=0).view(n, 1, 1, 1)  # half of them are not blurred
+    for roll, pad in ((3, (1, 1, 0, 0)), (2, (0, 0, 1, 1))):
+        wide, size = F.pad(images, pad, mode="replicate"), images.shape[roll]
+        images = (1 - 2 * a) * images + a * (wide.narrow(roll, 0, size) + wide.narrow(roll, 2, size))
+    images = images * (1 + .06 * (u[:, 1].view(n, 1, 1, 1) - .5)) + .06 * (u[:, 2:5].view(n, 3, 1, 1) - .5)
+    noise = torch.randn(images.shape, generator=generator)
+    return (images + .05 * u[:, 5].view(n, 1, 1, 1) ** 2 * noise).clamp(-1, 1)
+
+
+def attribute_words(row):
+    """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: ten numbers."""
+    words = [values[i] for values, i in zip(VALUES[:7], row)]
+    return [*words[:5], "trim" if words[5] == "plain" else words[5], words[6]]
+
+
+def describe(row):
+    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: ten numbers."""
+    shape, ears, colour, tone, second, marks, eyes = attribute_words(row)
+    return f"{shape} {ears} {tone} {colour}, {second} {marks}, {eyes} {'eye' if eyes == 'one' else 'eyes'}"
+
+
+def comparison(a, b):
+    """The chain of thought about two panels, all lines but the last.
+
+    The line "compare" says both values before it judges them: "ears horned horned same, colour red blue different".
+    A small model learns that in minutes, and the judgement without the values hardly at all."""
+    names, x, y = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"], attribute_words(a), attribute_words(b)
+    parts = ", ".join(f"{name} {u} {v} {'same' if u == v else 'different'}" for name, u, v in zip(names, x, y))
+    return f"subject: a {world.noun(a)}\nimage 1: {describe(a)}\nimage 2: {describe(b)}\ncompare: {parts}\n"
+
+
+def instruction(a, b):
+    """What turns panel a into panel b: the new setting, or the new light if nothing else changes."""
+    if (a[7], a[8]) == (b[7], b[8]) and a[9] != b[9]:
+        return f"keep the scene but show it {VALUES[9][b[9]]}"
+    return f"show this critter {world.setting(b[7:])}"
+
+
+def pair_lesson(a, b, kind):
+    """Question and answer about panels a and b (10 numbers each); kind in [0, 1) chooses the question."""
+    differing = sum(x != y for x, y in zip(a[:7], b[:7]))
+    if kind < .7:
+        return curate.PAIR_QUESTION, comparison(a, b) + f"verdict: {'no' if differing else 'yes'}"
+    if kind < .85:
+        return curate.INSTRUCTION_QUESTION, instruction(a, b)
+    return curate.SUBJECT_SCORE_QUESTION, comparison(a, b) + f"score: {max(4 - differing, 0)}"
+
+
+def panel_lesson(a, kind, generator):
+    """Question and answer about one panel a (10 numbers)."""
+    caption = world.panel_caption(a[:7], a[7:])
+    if kind < .5:
+        return curate.DESCRIBE_QUESTION, caption
+    if kind < .75:
+        return curate.DETAILS_QUESTION, world.details(a[:7])
+    asked, wrong = list(a), torch.rand(4, generator=generator) < .8 * torch.rand(1, generator=generator)
+    for column, change in zip((0, 7, 8, 9), wrong):  # the prompt asks for another shape, scene, accessory, light
+        if change:
+            asked[column] = (a[column] + 1 + int(torch.randint(len(VALUES[column]) - 1, (1,), generator=generator))
+                             ) % len(VALUES[column])
+    prompt = world.panel_caption(asked[:7], asked[7:])
+    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), f"image: {caption}\nscore: {4 - int(wrong.sum())}"
+
+
+def vlm_words():
+    """Every word that the VLM reads and writes, sorted."""
+    questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
+    generator = torch.Generator().manual_seed(0)
+    answers = " ".join(pair_lesson([0] * 10, [i] * 10, k)[1] for i in range(2) for k in (0, .8, .9))
+    answers += " " + panel_lesson([0] * 10, .9, generator)[1] + " . , : ; ? ! 0 1 2 3 4"
+    text = f"{questions} {answers}".lower().replace("{prompt}", " ")
+    for mark in ".,:;?!":
+        text = text.replace(mark, f" {mark} ")
+    return sorted({*text.split(), *models.world_words()})
+
+
+class Lessons(torch.nn.Module):
+    """The VLM and, beside it, linear heads that read the ten attributes off the class token while it learns to see."""
+
+    def __init__(self, vlm, processor):
+        super().__init__()
+        self.vlm, self.tokenizer, self.sizes = vlm, processor.tokenizer, [len(v) for v in VALUES]
+        width = vlm.config.vision_config.hidden_size
+        self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
+        weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
+        for words, w in (("subject image shape ears colour tone compare verdict score a the : , . \n", .2),
+                         ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
+            weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
+        self.register_buffer("word_weight", weight, persistent=False)
+
+    def see(self, images):
+        """Panels (N, 3, s, s) in [-1, 1] -> features (N, 17, width) of the vision tower's last layer."""
+        return self.vlm.model.vision_tower(pixel_values=images, output_hidden_states=True).hidden_states[-1]
+
+    def attribute_loss(self, features, attributes):
+        """Cross entropy of the ten attributes, averaged."""
+        logits = self.heads(features[:, 0]).float().split(self.sizes, 1)
+        return sum(F.cross_entropy(x, y) for x, y in zip(logits, attributes.T)) / len(self.sizes)
+
+    def comparing_loss(self, pairs):
+        """Cross entropy of what follows "compare" when both descriptions are given as text; no image is needed."""
+        answers = [pair_lesson(a, b, kind)[1] for kind in (0., 1.) for a, b in zip(*pairs)]
+        ids = torch.tensor(self.tokenizer(answers).input_ids).to(self.word_weight.device)  # all have the same length
+        start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("compare"))
+        hidden = self.vlm.model.language_model(input_ids=ids, use_cache=False).last_hidden_state[:, start:-1]
+        target = ids[:, start + 1:].flatten()
+        loss = F.cross_entropy(self.vlm.lm_head(hidden).float().flatten(0, 1), target, reduction="none")
+        weight = self.word_weight[target]
+        return (loss * weight).sum() / weight.sum()
+
+    def answer_loss(self, features, lessons):
+        """Weighted cross entropy of the answers' words: features (n * images, 17, width), lessons n (question, answer)."""
+        n, tokens = len(lessons), len(features) // len(lessons) * features.shape[1]
+        image, answer = self.tokenizer.convert_tokens_to_ids(models.VLM_SPECIAL)
+        rows, starts = [], []
+        for question, reply in lessons:
+            asked = [image] * tokens + self.tokenizer(question).input_ids + [answer]
+            rows.append(torch.tensor(asked + self.tokenizer(reply).input_ids + [self.tokenizer.eos_token_id]))
+            starts.append(len(asked))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(features.device)  # padded by <pad> = 0
+        embeds = self.vlm.get_input_embeddings()(ids)
+        seen = self.vlm.model.multi_modal_projector(features).reshape(n, tokens, -1)
+        embeds = torch.cat([seen.to(embeds.dtype), embeds[:, tokens:]], 1)
+        hidden = self.vlm.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        place = torch.arange(ids.shape[1])[None]
+        wanted = (place >= torch.tensor(starts)[:, None]) & (place < torch.tensor([len(r) for r in rows])[:, None])
+        wanted = wanted[:, 1:].to(ids.device)
+        target = ids[:, 1:][wanted]
+        loss = F.cross_entropy(self.vlm.lm_head(hidden[:, :-1][wanted]).float(), target, reduction="none")
+        weight = self.word_weight[target]
+        return (loss * weight).sum() / weight.sum()
+
+
+def draw_descriptions(n, generator):
+    """Attributes of n imagined pairs, two lists of rows of ten numbers: any share of them agrees."""
+    a, b = (torch.cat([world.identity_of(world.draw_identities(n, generator)), world.draw_contexts(n, generator)], 1)
+            for _ in range(2))
+    agree = torch.rand(n, 10, generator=generator) < 1.3 * torch.rand(n, 1, generator=generator)
+    return a.tolist(), torch.where(agree, a, b).tolist()
+
+
+def draw_pairs(attributes, n, generator):
+    """Places in the pool (n, 2, 2) (group, panel) of n pairs: 40 % one critter, 30 % two that differ in one to three
+    attributes, 30 % of different groups: from these, where most words differ, it learns to compare words at all."""
+    group = torch.randint(len(attributes), (n, 1), generator=generator).repeat(1, 2)
+    u = torch.rand(n, 3, generator=generator)
+    same = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])[(u[:, 1] * 4).long()]
+    other = torch.tensor([[0, 3], [1, 3], [0, 4], [1, 4], [2, 3], [1, 5]])[(u[:, 1] * 6).long()]
+    panel = torch.where(u[:, :1] < .4, same, other)
+    panel = torch.where(u[:, 2:] < .5, panel, panel.flip(1))
+    far = u[:, 0] > .7
+    group[far, 1] = torch.randint(len(attributes), (int(far.sum()),), generator=generator)
+    return torch.stack([group, panel], 2)
