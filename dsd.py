@@ -14,10 +14,13 @@ import json
 import os
 import resource
 import sys
+import textwrap
 from pathlib import Path
 
+import numpy
 import torch
 from diffusers import FluxControlPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
@@ -60,31 +63,25 @@ def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
 # ---- latents and tokens ----------------------------------------------------------------------------------------------
 def pack(latents):
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C): each token holds a 2x2 block of latent pixels."""
-    b, c, h, w = latents.shape
-    blocks = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)  # (B, h/2, w/2, C, 2, 2)
-    return blocks.reshape(b, h * w // 4, c * 4)
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens, h, w):
     """(B, h/2 * w/2, 4 C) -> (B, C, h, w), the inverse of `pack`."""
-    b, _, c = tokens.shape
-    blocks = tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)  # (B, C, h/2, 2, w/2, 2)
-    return blocks.reshape(b, c // 4, h, w)
+    return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2)
 
 
 def position_ids(h, w):
     """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column), ordinary 2-D positions.
 
     The two frames of a canvas are numbered through as one wide image (R)."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).float()
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))
 
 
 def split_frames(tokens, h, w):
     """Tokens (B, N, C) of a canvas of h x w latent pixels -> its left and its right frame, (B, N/2, C) each."""
-    b, _, c = tokens.shape
-    left, right = tokens.view(b, h // 2, w // 2, c).chunk(2, dim=2)
-    return left.reshape(b, -1, c), right.reshape(b, -1, c)
+    left, right = tokens.unflatten(1, (h // 2, w // 2)).chunk(2, dim=2)  # (B, h/2, w/4, C) each
+    return left.flatten(1, 2), right.flatten(1, 2)
 
 
 @torch.no_grad()
@@ -115,8 +112,7 @@ def build_grid(panels, rows=2, columns=2):
 
 def to_pixels(images):
     """RGB images of one size -> (B, 3, H, W) in [-1, 1]."""
-    raw = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3)
-                       for i in images])
+    raw = torch.stack([torch.from_numpy(numpy.array(image)) for image in images])  # (B, H, W, 3)
     return raw.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -147,31 +143,27 @@ def fit_panel(image, width, height):
 
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
-    font, line, margin = ImageFont.load_default(size=11), 14, 6
-    cells = [[(i.resize((side * i.width // i.height, side), Image.NEAREST if i.height < side else Image.LANCZOS),
-               wrap_text(caption, font, side * i.width // i.height)) for i, caption in row] for row in rows]
-    width = max(sum(i.width + margin for i, _ in row) for row in cells) + margin
-    heights = [side + margin + line * max(len(lines) for _, lines in row) for row in cells]
-    sheet = Image.new("RGB", (width, sum(heights) + margin), "white")
-    draw, y = ImageDraw.Draw(sheet), margin
-    for row, height in zip(cells, heights):
-        x = margin
-        for image, lines in row:
-            sheet.paste(image, (x, y))
-            for k, words in enumerate(lines):
-                draw.text((x, y + side + k * line), words, fill="black", font=font)
-            x += image.width + margin
-        y += height
+    rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
+    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows),
+                              sum(max(cell.height for cell in row) for row in rows)), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for cell in row:
+            sheet.paste(cell, (x, y))
+            x += cell.width
+        y += max(cell.height for cell in row)
     sheet.save(path)
 
 
-def wrap_text(text, font, width):
-    """Lines of `text` that fit into `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = lines[:-1] + [longer] if font.getlength(longer) <= width or not lines[-1] else lines + [word]
-    return lines
+def labelled(image, caption, side, margin=6):
+    """An image scaled to the height `side`, its caption below, white around both."""
+    width, font = side * image.width // image.height, ImageFont.load_default(size=11)
+    lines = textwrap.wrap(caption, max(width // 6, 1)) or [""]  # a letter is about 6 pixels wide
+    cell = Image.new("RGB", (width + margin, side + margin + 14 * len(lines)), "white")
+    cell.paste(image.resize((width, side), Image.NEAREST if image.height < side else Image.LANCZOS), (margin, margin))
+    ImageDraw.Draw(cell).multiline_text((margin, margin + side), "\n".join(lines), fill="black", font=font)
+    return cell
 
 
 # ---- the two-frame model ---------------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def sample(pipe, references, text, null_text, seeds, settings):
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
 
-    latents = pipe._unpack_latents(x, height, width, pipe.vae_scale_factor)
+    latents = unpack(x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     frames = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
     return pipe.image_processor.postprocess(frames[..., width // 2:], output_type="pil")
 
@@ -329,8 +321,7 @@ def prompt_tokens(pipe):
 def start_schedule(scheduler, steps, tokens, device):
     """Set the loaded scheduler to `steps` Euler steps for an image of so many tokens; returns its timesteps."""
     c = scheduler.config
-    slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-    mu = c.base_shift + slope * (tokens - c.base_image_seq_len)  # FLUX's resolution-dependent shift
+    mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu if c.use_dynamic_shifting else None)
     return scheduler.timesteps

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import matplotlib
+import numpy
 import torch
 from accelerate import Accelerator
 from diffusers import FluxControlPipeline, FluxTransformer2DModel
@@ -119,16 +120,30 @@ def draw(cache, null_text, settings, step, micro, accelerator):
     return [t.to(accelerator.device) for t in (x_0, eps, sigma[mine], condition, *text)]
 
 
-def train(transformer, cache, null_text, size, settings, accelerator, out, validate):
-    """The loop: draw, noise, predict, compare both frames, step. Returns the seconds a step took."""
-    h, w = size
-    ids = dsd.position_ids(h, w).to(accelerator.device)
+def batch_losses(model, batch, size, ids, settings):
+    """(3,): the loss of one batch, and the losses of its two frames."""
+    x_0, eps, sigma, condition, *text = batch
+    tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
+    v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, settings["guidance_scale"])
+    return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), *size, settings["frame_weights"]))
+
+
+def make_optimizer(transformer, settings):
+    """The trainable parameters, the condition columns last, AdamW on them and their averages (EMA) or None."""
     columns = dsd.condition_columns(transformer)
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
-    parameters = [*others, columns]
     optimizer = torch.optim.AdamW([{"params": others, "factor": 1.0},
                                    {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
-    ema = EMAModel(parameters, decay=settings["ema"]) if settings["ema"] else None
+    parameters = [*others, columns]
+    return parameters, optimizer, EMAModel(parameters, decay=settings["ema"]) if settings["ema"] else None
+
+
+def train(transformer, cache, null_text, size, settings, accelerator, out, validate):
+    """The loop: draw, noise, predict, compare both frames, step. `size`: the canvas in latent pixels (h, w).
+
+    Returns the seconds a step took."""
+    ids = dsd.position_ids(*size).to(accelerator.device)
+    parameters, optimizer, ema = make_optimizer(transformer, settings)
     first = resume(out, parameters, optimizer, ema, accelerator)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     micros, main, steps = settings["accumulate"], accelerator.is_main_process, settings["steps"]
@@ -136,22 +151,18 @@ def train(transformer, cache, null_text, size, settings, accelerator, out, valid
 
     for step in range(first, steps):
         losses = torch.zeros(3, device=accelerator.device)
+        for micro in range(micros):
+            batch = draw(cache, null_text, settings, step, micro, accelerator)
+            parts = batch_losses(model, batch, size, ids, settings) / micros
+            accelerator.backward(parts[0])
+            losses += parts.detach()
+        accelerator.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * group["factor"] * learning_rate_share(step, steps)
-        for micro in range(micros):
-            x_0, eps, sigma, condition, *text = draw(cache, null_text, settings, step, micro, accelerator)
-            x_sigma = dsd.interpolate(x_0, eps, sigma)
-            v_pred = dsd.run_transformer(model, torch.cat([x_sigma, condition], dim=2), sigma, text, ids,
-                                         settings["guidance_scale"])
-            loss, *frames = dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, settings["frame_weights"])
-            accelerator.backward(loss / micros)
-            losses += torch.stack([loss, *frames]).detach() / micros
-        accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
             ema.step(parameters)
-
         record = dict(zip(("loss", "frame_1", "frame_2"), accelerator.reduce(losses, "mean").tolist()))
         if not math.isfinite(record["loss"]):
             raise dsd.DsdError(f"the loss is not a number at step {step}; try a lower --learning_rate and another --out")
@@ -159,11 +170,11 @@ def train(transformer, cache, null_text, size, settings, accelerator, out, valid
         bar.update()
         if main:
             dsd.append_records(out / "log.jsonl", [{"step": step, **record}])
+            if (step + 1) % settings["validate_every"] == 0 and step + 1 < steps:
+                validate(step + 1)
             if (step + 1) % settings["save_every"] == 0 or step + 1 == steps:
                 dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
                 draw_losses(out)
-            if (step + 1) % settings["validate_every"] == 0 and step + 1 < steps:
-                validate(step + 1)
     if ema:
         ema.copy_to(parameters)
     return (time.time() - begun) / max(steps - first, 1)
@@ -189,8 +200,7 @@ def draw_losses(out, window=25):
     k = min(window, len(log))
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, label in (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)")):
-        values = torch.tensor([record[name] for record in log])
-        axes.plot(range(k, len(log) + 1), values.unfold(0, k, 1).mean(1), label=label)
+        axes.plot(range(k, len(log) + 1), numpy.convolve([r[name] for r in log], [1 / k] * k, "valid"), label=label)
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
     axes.legend()
     figure.savefig(out / "loss.png", dpi=110, bbox_inches="tight")

@@ -1,6 +1,7 @@
 """dsd.py, the parts without a model: the flow, tokens, losses, guidance, pictures, records."""
 
 import json
+import textwrap
 
 import pytest
 import torch
@@ -236,12 +237,12 @@ def test_contact_sheet_holds_every_picture_and_its_caption(tmp_path):
     assert sum(counts.values()) > 100  # letters
 
 
-def test_wrap_text_loses_no_word():
-    from PIL import ImageFont
-    font, text = ImageFont.load_default(size=11), "a round horned critter in the antidisestablishmentarianist snow"
-    lines = dsd.wrap_text(text, font, 60)
-    assert " ".join(lines).split() == text.split()
-    assert all(font.getlength(line) <= 60 or " " not in line for line in lines)
+def test_a_label_loses_no_line_of_a_long_caption():
+    image, words = Image.new("RGB", (32, 32), "red"), "a round horned critter in the antidisestablishmentarianist snow"
+    short, long = dsd.labelled(image, "a round", 64), dsd.labelled(image, words, 64)
+    assert short.width == long.width and long.height == short.height + 14 * (len(textwrap.wrap(words, 64 // 6)) - 1)
+    last_line = long.crop((0, long.height - 14, long.width, long.height))
+    assert last_line.convert("L").getextrema()[0] < 128  # letters
 
 
 # ---- settings and records --------------------------------------------------------------------------------------------
