@@ -43,7 +43,9 @@ DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few 
 SUBJECT_SCORE_QUESTION = (
     "How well does the second image keep the subject of the first? Answer in five lines. "
     "subject: name it. image 1: describe it. image 2: describe it. compare: part by part. score: 0 to 4.")
-PROMPT_SCORE_QUESTION = "How well does the image follow this prompt: {prompt}? image: describe it. score: 0 to 4."
+PROMPT_SCORE_QUESTION = (
+    "How well does the image follow this prompt: {prompt}? Answer in three lines. "
+    "image: describe it. compare: part by part. score: 0 to 4.")
 QUESTION_FOR = {"description": DESCRIBE_QUESTION, "instruction": INSTRUCTION_QUESTION}
 
 

@@ -86,26 +86,39 @@ def pair_lesson(a, b, kind):
 
 def panel_lesson(a, kind, generator):
     """Question and answer about one panel a (10 numbers)."""
-    caption = world.panel_caption(a[:7], a[7:])
-    if kind < .5:
-        return curate.DESCRIBE_QUESTION, caption
-    if kind < .75:
+    if kind < .4:
+        return curate.DESCRIBE_QUESTION, world.panel_caption(a[:7], a[7:])
+    if kind < .6:
         return curate.DETAILS_QUESTION, world.details(a[:7])
     asked, wrong = list(a), torch.rand(4, generator=generator) < .8 * torch.rand(1, generator=generator)
-    for column, change in zip((0, 7, 8, 9), wrong):  # the prompt asks for another shape, scene, accessory, light
+    for column, change in zip(PROMPTED, wrong):
         if change:
             asked[column] = (a[column] + 1 + int(torch.randint(len(VALUES[column]) - 1, (1,), generator=generator))
                              ) % len(VALUES[column])
+    return prompt_lesson(a, asked)
+
+
+PROMPTED = (0, 7, 8, 9)  # what the prompt score is about: shape, scene, accessory, light
+
+
+def prompt_lesson(a, b):
+    """Question and answer about how well panel a follows a prompt that asks for the shape and the context of b."""
+    asked = [*b[:1], *a[1:7], *b[7:]]
+    parts, right = [], 0
+    for name, column in zip(("shape", "scene", "outfit", "light"), PROMPTED):
+        x, y = ((VALUES[column][row[column]] or "nothing").split()[-1] for row in (a, asked))
+        parts.append(f"{name} {x} {y} {'same' if x == y else 'different'}")
+        right += x == y
     prompt = world.panel_caption(asked[:7], asked[7:])
-    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), f"image: {caption}\nscore: {4 - int(wrong.sum())}"
+    answer = f"image: {world.panel_caption(a[:7], a[7:])}\ncompare: {', '.join(parts)}\nscore: {right}"
+    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), answer
 
 
 def vlm_words():
     """Every word that the VLM reads and writes, sorted."""
     questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
-    generator = torch.Generator().manual_seed(0)
     answers = " ".join(pair_lesson([0] * 10, [i] * 10, k)[1] for i in range(2) for k in (0, .8, .9))
-    answers += " " + panel_lesson([0] * 10, .9, generator)[1] + " . , : ; ? ! 0 1 2 3 4"
+    answers += " " + " ".join(prompt_lesson([i] * 10, [i] * 10)[1] for i in range(4)) + " . , : ; ? ! 0 1 2 3 4"
     text = f"{questions} {answers}".lower().replace("{prompt}", " ")
     for mark in ".,:;?!":
         text = text.replace(mark, f" {mark} ")
@@ -121,7 +134,7 @@ class Lessons(torch.nn.Module):
         width = vlm.config.vision_config.hidden_size
         self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
         weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
-        for words, w in (("subject image shape ears colour tone compare verdict score a the : , . \n", .2),
+        for words, w in (("subject image shape ears colour tone scene outfit light compare verdict score a the : , . \n", .2),
                          ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
             weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
         self.register_buffer("word_weight", weight, persistent=False)
@@ -137,12 +150,16 @@ class Lessons(torch.nn.Module):
 
     def comparing_loss(self, pairs):
         """Cross entropy of what follows "compare" when both descriptions are given as text; no image is needed."""
-        answers = [pair_lesson(a, b, kind)[1] for kind in (0., 1.) for a, b in zip(*pairs)]
-        ids = torch.tensor(self.tokenizer(answers).input_ids).to(self.word_weight.device)  # all have the same length
-        start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("compare"))
-        hidden = self.vlm.model.language_model(input_ids=ids, use_cache=False).last_hidden_state[:, start:-1]
-        target = ids[:, start + 1:].flatten()
-        loss = F.cross_entropy(self.vlm.lm_head(hidden).float().flatten(0, 1), target, reduction="none")
+        texts = [pair_lesson(a, b, kind)[1] for kind in (0., 1.) for a, b in zip(*pairs)]
+        texts += [" ".join(prompt_lesson(a, b)) for a, b in zip(*pairs)]
+        rows = [torch.tensor(ids + [self.tokenizer.eos_token_id]) for ids in self.tokenizer(texts).input_ids]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.word_weight.device)  # padded by <pad> = 0
+        compare = ids == self.tokenizer.convert_tokens_to_ids("compare")
+        start = ids.shape[1] - 1 - compare.int().flip(1).argmax(1)  # its last place: the question has the word as well
+        wanted = (torch.arange(ids.shape[1], device=ids.device) > start[:, None]) & (ids != 0)
+        hidden = self.vlm.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+        target = ids[:, 1:][wanted[:, 1:]]
+        loss = F.cross_entropy(self.vlm.lm_head(hidden[:, :-1][wanted[:, 1:]]).float(), target, reduction="none")
         weight = self.word_weight[target]
         return (loss * weight).sum() / weight.sum()
 

@@ -173,13 +173,25 @@ def measure_vlm(args):
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
     wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
+    subject = [score_in(a) for a in curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)]
+    asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
+    prompt = [score_in(curate.ask(*model, [panel], question, 1, 100)[0])
+              for panel, (question, _) in tqdm(list(zip(panels, asked)), desc="prompt scores")]
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
-        "instructions_exact": share(orders, wanted), "pairs_per_second": args.count / seconds}
+        "instructions_exact": share(orders, wanted),
+        "subject_scores_exact": share(subject, (4 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1)).tolist()),
+        "prompt_scores_exact": share(prompt, [score_in(answer) for _, answer in asked]), "pairs_per_second": args.count / seconds}
     print_verdicts(result)
     return result
+
+
+def score_in(answer):
+    """The number after the last "score:" of an answer, None if there is none."""
+    found = re.findall(r"score: (\d)", answer)
+    return int(found[-1]) if found else None
 
 
 def verdicts(answers, identities):

@@ -338,7 +338,7 @@ def pretrain_judge(args):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=2e-3)),
-            "flux": (pretrain_flux, dict(steps=6000, batch_size=16, learning_rate=1.5e-3)),
+            "flux": (pretrain_flux, dict(steps=11500, batch_size=16, learning_rate=2e-3)),
             "references": (draw_references, {}),
             "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
             "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3))}
