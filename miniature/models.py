@@ -12,7 +12,8 @@ import world
 PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
 VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens
 SHIFT = 3.0  # of the noise schedule, in training and in sampling
-PROMPT_TOKENS = 56  # the longest sheet caption has 54
+TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 64}  # of a prompt, by layout: its longest has 21, 39 and 62
+PROMPT_TOKENS = TOKENS[2, 2]
 
 SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place move change draw now
     but keep as to is and or other new another side light scene wearing one critters grid panels images two frames left
@@ -72,17 +73,24 @@ def make_flux(vae):
         text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer)
 
 
+def subjects(count=600):
+    """What the grids show, in detail: critters that are not held out. (A grammar of free words would name held-out ones.)"""
+    identity = world.identity_of(world.draw_identities(count, torch.Generator().manual_seed(0)))
+    return [world.described(row, detailed=True) for row in identity]
+
+
 def flux_settings():
     """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
     opening = world.SHEET_OPENINGS[2, 2][0]
     return {
+        "canvas_prompt_tokens": TOKENS[1, 1],
         "generate_grids": {
             "count": 192, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": {
                 "subject": opening.format("{subject}") + ": {panels}",
                 "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
                 "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS],
-                "nouns": [world.IDENTITY["shape"], world.IDENTITY["ears"], ["critter"]],
+                "nouns": [subjects()],
                 "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
         "finetune": {
             "steps": 700, "rank": 24, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,

@@ -170,11 +170,11 @@ def pretrain_flux(args):
     kinds = []  # (latents, CLIP ids, T5 ids, position ids, batch size): the same number of image tokens a batch
     for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
         latents, captions = encode_world(vae, layout, int(args.sheets * share), args)
-        clip_ids, t5_ids = tokenize(pipe, captions)
+        clip_ids, t5_ids = tokenize(pipe, captions, models.TOKENS[layout])
         ids = dsd.position_ids(side * layout[0], side * layout[1])
         per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
         kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), per_batch))
-    null_clip, null_t5 = tokenize(pipe, [""])
+    null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
     schedule = [0, 0, 1, 0, 0, 2]  # of six batches four are grids, one two-panel sheets, one single panels
 
     def loss_of_step(step, generator):
@@ -182,7 +182,7 @@ def pretrain_flux(args):
         index = torch.randint(len(latents), (n,), generator=generator)
         drop = torch.rand(n, 1, generator=generator) < 0.1  # for guidance: the empty prompt
         clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
-        t5_ids = torch.where(drop, null_t5, t5_ids[index]).to(args.device)
+        t5_ids = torch.where(drop, null_t5[:, :t5_ids.shape[1]], t5_ids[index]).to(args.device)
         x_0 = latents[index].float()
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
@@ -207,11 +207,10 @@ def pretrain_flux(args):
     write_flux(pipe)
 
 
-def tokenize(pipe, captions):
-    """Token ids of both encoders, padded as FluxPipeline pads them: (n, 77) and (n, PROMPT_TOKENS)."""
-    ids = [t(captions, padding="max_length", truncation=True, max_length=t.model_max_length, return_tensors="pt").input_ids
-           for t in (pipe.tokenizer, pipe.tokenizer_2)]
-    return ids
+def tokenize(pipe, captions, length):
+    """Token ids of both encoders, padded as FluxPipeline pads them: (n, 77) and (n, length)."""
+    return [t(captions, padding="max_length", truncation=True, max_length=n, return_tensors="pt").input_ids
+            for t, n in ((pipe.tokenizer, pipe.tokenizer.model_max_length), (pipe.tokenizer_2, length))]
 
 
 def write_flux(pipe):

@@ -33,7 +33,7 @@ CONTEXT = {  # the words are the prompt's
 RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
 N_IDENTITIES = 60_480  # the product of RADIX
 CONSISTENT = 0.9  # share of pretraining sheets whose panels all show one critter; in the others one panel is another
-DETAILED = 0.3  # share of single-panel captions that also name colours, pattern and eyes
+DETAILED = {1: 0.3, 2: 0.5, 4: 0.5}  # share of captions that also name colours, pattern and eyes, by number of panels
 
 _SKY = torch.tensor([[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
                      [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]])
@@ -136,10 +136,14 @@ def setting(context, light=True):
     return " ".join(part for part in (scene, lamp if light else "", accessory) if part)
 
 
+def described(identity, detailed):
+    """A critter's noun, and its details if asked for: "round horned critter vivid blue with red dots and one eye"."""
+    return f"{noun(identity)} {details(identity)}" if detailed else noun(identity)
+
+
 def panel_caption(identity, context, detailed=False):
     """"a round cat-eared critter on the beach at sunset with a hat"; detailed: the colours are named too."""
-    extra = f" {details(identity)}" if detailed else ""
-    return f"a {noun(identity)}{extra} {setting(context)}"
+    return f"a {described(identity, detailed)} {setting(context)}"
 
 
 ORDINALS = ["first", "second", "third", "fourth"]
@@ -149,17 +153,18 @@ SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is gen
 }
 
 
-def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0):
+def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, detailed=False):
     """The prompt of a sheet: its opening, the subject, then each panel in reading order.
 
     Subject: "a grid of 4 images representing the same round horned critter: first in the snow at noon, second ...".
-    Relight: the scene is told once and each panel names its light only."""
+    Relight: the scene is told once and each panel names its light only. Detailed: the colours are named too."""
+    subject = described(identity, detailed)
     opening = SHEET_OPENINGS[layout][wording]
     if relight:
-        head = opening.format(f"scene, a {noun(identity)} {setting(contexts[0], light=False)}")
+        head = opening.format(f"scene, a {subject} {setting(contexts[0], light=False)}")
         panels = [CONTEXT["light"][int(c[2])] for c in contexts]
     else:
-        head, panels = opening.format(noun(identity)), [setting(c) for c in contexts]
+        head, panels = opening.format(subject), [setting(c) for c in contexts]
     return f"{head}: " + ", ".join(f"{o} {p}" for o, p in zip(ORDINALS, panels))
 
 
@@ -352,9 +357,10 @@ def _accessory(image, kind, x, y, top, paint):
 def sheets(n, generator, layout=(2, 2), size=32, held_out=False):
     """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] and their captions.
 
-    A sheet shows one critter (in CONSISTENT of them; else one panel differs in one to three attributes). Half of the
-    sheets are of the family *relight* (same scene, accessory and pose, another light in each panel), half *subject*
-    (all contexts free). A 1x1 sheet is a single panel."""
+    A sheet shows one critter (in CONSISTENT of them; else one panel differs in one to three attributes). 30 % of the
+    sheets are of the family *relight* (same scene, accessory and pose, another light in each panel), the others
+    *subject* (all contexts free). DETAILED of the captions name what else only the picture would tell. A 1x1 sheet
+    is a single panel."""
     rows, columns = layout
     p = rows * columns
     identity = identity_of(draw_identities(n, generator, held_out))
@@ -375,9 +381,10 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False):
     images = render(panels.flatten(0, 1), context.flatten(0, 1), pose.flatten(0, 1), size)
     images = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     draw = torch.rand(n, 2, generator=generator)
+    detailed = draw[:, 0] < DETAILED[p]
     if p == 1:
-        captions = [panel_caption(identity[i], context[i, 0], bool(draw[i, 0] < DETAILED)) for i in range(n)]
+        captions = [panel_caption(identity[i], context[i, 0], bool(detailed[i])) for i in range(n)]
     else:
-        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3))
+        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3), bool(detailed[i]))
                     for i in range(n)]
     return images, captions
