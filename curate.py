@@ -76,11 +76,12 @@ def conversation(images, question):
 
 @torch.inference_mode()
 def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
-    """The same question about many cases (each a list of images), in batches, greedily: a list of answers."""
-    answers = []
-    for part in (cases[i:i + batch_size] for i in range(0, len(cases), batch_size)):
-        texts = [processor.apply_chat_template(conversation(len(images), question), add_generation_prompt=True)
-                 for images in part]
+    """A question, or a list of one for each case, about many cases (lists of images), in batches, greedily: the answers."""
+    questions, answers = [question] * len(cases) if isinstance(question, str) else question, []
+    for i in range(0, len(cases), batch_size):
+        part = cases[i:i + batch_size]
+        texts = [processor.apply_chat_template(conversation(len(images), text), add_generation_prompt=True)
+                 for images, text in zip(part, questions[i:i + batch_size])]
         inputs = processor(text=texts, images=part, padding=True, return_tensors="pt").to(vlm.device, vlm.dtype)
         tokens = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # (B, question + answer)
         tokens = tokens[:, inputs["input_ids"].shape[1]:]
