@@ -84,6 +84,7 @@ def flux_settings():
     opening = world.SHEET_OPENINGS[2, 2][0]
     return {
         "canvas_prompt_tokens": TOKENS[1, 1],
+        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
             "count": 192, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": {
