@@ -58,8 +58,10 @@ def load_canvas(folder, pairs, size):
     return [dsd.to_pixels(side) for side in images]
 
 
-def encode_pairs(pipe, pairs, folder, size, cache):
-    """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings."""
+def encode_pairs(pipe, pairs, folder, size, cache, frames=2):
+    """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings.
+
+    With one frame (an ablation) the target is the whole canvas and the reference its condition."""
     for start in tqdm(range(0, len(pairs), SHARD), desc="encode", disable=None):
         path = cache / f"{start:08d}.safetensors"
         if path.exists():
@@ -67,8 +69,9 @@ def encode_pairs(pipe, pairs, folder, size, cache):
         shard, x_0, condition = pairs[start:start + SHARD], [], []
         for i in range(0, len(shard), 32):
             reference, target = load_canvas(folder, shard[i:i + 32], size)
-            x_0.append(dsd.encode(pipe.vae, dsd.canvas(reference, target)))  # (32, N, 64), both frames
-            condition.append(dsd.encode(pipe.vae, dsd.canvas(reference)))  # (32, N, 64), the right frame is black
+            both, given = (dsd.canvas(reference, target), dsd.canvas(reference)) if frames == 2 else (target, reference)
+            x_0.append(dsd.encode(pipe.vae, both))  # (32, N, 64), both frames
+            condition.append(dsd.encode(pipe.vae, given))  # (32, N, 64), the right frame is black
         prompts = sorted({p["prompt"] for p in shard})
         encoded = [dsd.encode_prompts(pipe, prompts[i:i + 32]) for i in range(0, len(prompts), 32)]
         tensors = {"x_0": torch.cat(x_0), "condition": torch.cat(condition),
@@ -132,7 +135,7 @@ def make_optimizer(transformer, settings):
     """The trainable parameters, the condition columns last, AdamW on them and their averages (EMA) or None."""
     columns = dsd.condition_columns(transformer)
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
-    optimizer = torch.optim.AdamW([{"params": others, "factor": 1.0},
+    optimizer = torch.optim.AdamW([{"params": others, "factor": settings["lora_lr_factor"]},
                                    {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
     parameters = [*others, columns]
     return parameters, optimizer, EMAModel(parameters, decay=settings["ema"]) if settings["ema"] else None
@@ -220,7 +223,9 @@ def parse_args():
     add("--accumulate", type=int, help="backward passes a step; the batch is so many times larger")
     add("--learning_rate", type=float)
     add("--condition_lr_factor", type=float, help="the condition columns learn so much faster: they start from zero")
+    add("--lora_lr_factor", type=float, help="ablation: 0 trains the condition columns alone")
     add("--frame_weights", type=float, nargs=2, help="weights of the losses of frame 1 and frame 2")
+    add("--frames", type=int, choices=[1, 2], help="ablation: 1 is the edit alone, conditioned by its channels only")
     add("--ema", type=float, help="decay of the averaged weights, 0 is off")
     add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--precision", choices=["bf16", "no"], help="of the arithmetic; the LoRA itself is kept in float32")
@@ -234,9 +239,9 @@ def main():
     args = parse_args()
     settings = dsd.model_settings(
         args.model, "finetune", args, steps=10_000, rank=64, batch_size=1, accumulate=1, learning_rate=1e-4,
-        condition_lr_factor=5.0, frame_weights=[1.0, 1.0], condition_dropout=0.1, prompt_dropout=0.1, shift=3.0,
-        guidance_scale=3.5, ema=0.0, gradient_checkpointing=False, precision="bf16", save_every=250,
-        validate_every=500, seed=0)
+        condition_lr_factor=5.0, lora_lr_factor=1.0, frames=2, frame_weights=[1.0, 1.0], condition_dropout=0.1,
+        prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, ema=0.0, gradient_checkpointing=False, precision="bf16",
+        save_every=250, validate_every=500, seed=0)
     if min(settings[name] for name in ("steps", "rank", "batch_size", "accumulate", "save_every", "validate_every")) < 1:
         raise dsd.DsdError("--steps, --rank, --batch_size, --accumulate, --save_every, --validate_every: at least 1")
     accelerator = Accelerator(mixed_precision=settings["precision"])
@@ -252,7 +257,7 @@ def main():
                            f"{2 * pipe.vae_scale_factor}")
     claim(args, settings, accelerator)
     if accelerator.is_main_process:
-        encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache")
+        encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"])
     accelerator.wait_for_everyone()
     null_text = dsd.encode_prompts(pipe, [""])
     validate = make_validation(pipe, pairs, size, args, settings, accelerator)
@@ -262,7 +267,7 @@ def main():
     torch.manual_seed(settings["seed"])
     pipe.transformer = load_transformer(args.model, settings, pipe.vae.dtype).to(accelerator.device)
     cache = Cache(args.out / "cache", len(pairs))
-    latent_size = height // pipe.vae_scale_factor, 2 * width // pipe.vae_scale_factor  # of the canvas
+    latent_size = height // pipe.vae_scale_factor, settings["frames"] * width // pipe.vae_scale_factor  # canvas
     seconds = train(pipe.transformer, cache, null_text, latent_size, settings, accelerator, args.out, validate)
     if accelerator.is_main_process:
         dsd.save_adapter(pipe.transformer, args.out, torch.float16 if dsd.device() == "cpu" else torch.bfloat16)
@@ -296,6 +301,8 @@ def make_validation(pipe, pairs, size, args, settings, accelerator):
                 "guidance_scale": settings["guidance_scale"]}
 
     def validate(step):
+        if settings["frames"] == 1:  # not what dsd.sample draws; evaluate.py does
+            return
         with accelerator.autocast():  # without guidance the null prompt is not used
             drawn = dsd.sample(pipe, references, text, text, list(range(len(examples))), sampling)
         rows = [[(dsd.open_image(args.pairs / e["reference_file_name"]), "reference"), (image, e["prompt"]),
