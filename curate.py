@@ -4,7 +4,7 @@ The grids of step 1 are cut into panels and the panels into ordered pairs (refer
 is asked about each pair in a chain of thought (paper, section 3.2 and its appendix): name the common subject, describe
 it in each image, compare part by part, then a one-word verdict. The targets of accepted pairs are captioned.
 
-    python curate.py                                   # the miniature: a minute on two CPU cores
+    python curate.py                                   # the miniature: a minute on two CPU cores, 1 GB
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8       # the real one, on a GPU of 24 GB or more
 
 Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
@@ -13,24 +13,24 @@ Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
     transcripts.jsonl  one line for each pair that was asked about: the whole question and answer, verdict and reason
     summary.json       counts and the accept rate, by family
     accepted.png, rejected.png   contact sheets with the reason below each pair: look at both before you train
-Stopped and started again, it goes on with the grids that are not in transcripts.jsonl yet.
+Stopped and started again with the same command, it goes on with the first batch of grids that is not in
+transcripts.jsonl; grids added since are asked about too.
 """
 
-import argparse
-import collections
 import itertools
-import json
-import math
 import random
 import re
+import sys
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsd
+import gpu
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
 PAIR_QUESTION = (
@@ -47,26 +47,27 @@ PROMPT_SCORE_QUESTION = (
     "How well does the image follow this prompt: {prompt}? Answer in three lines. "
     "image: describe it. compare: part by part. score: 0 to 4.")
 QUESTION_FOR = {"description": DESCRIBE_QUESTION, "instruction": INSTRUCTION_QUESTION}
+FILES = ["images/*", "metadata.jsonl", "transcripts.jsonl", "summary.json", "accepted.png", "rejected.png",
+         "*.part"]  # what this script writes
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
-def load_vlm(name):
+def load_vlm(name, quantize="none"):
     """Model and processor of an image-text-to-text folder or hub name: bfloat16 on a GPU, float32 on a CPU."""
     path = Path(name)
-    if not (path / "config.json").exists() and (path.exists() or name.count("/") != 1 or path.parent.is_dir()):
-        raise dsd.DsdError(f"no vision-language model at {name}; --vlm takes a transformers folder or a hub name")
+    if not (path / "config.json").exists() and (path.exists() or str(name).count("/") != 1 or path.parent.is_dir()):
+        raise dsd.DsdError(f"no vision-language model at {name}; give a transformers folder or a hub name")
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if dsd.device() == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(name)
-        vlm = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        vlm = gpu.language_model(AutoModelForImageTextToText, name, quantize, dtype)
         processor.tokenizer.padding_side = "left"  # so that every answer starts where its question ends
         processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)
     except Exception as error:  # another kind of model, a missing file, no template: many kinds, one answer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise dsd.DsdError(f"cannot load {name} as an image-text-to-text model with a chat template: "
-                           f"{reason}") from None
-    return vlm.to(dsd.device()).eval(), processor
+                           f"{dsd.one_line(error)}") from None
+    return vlm, processor
 
 
 def conversation(images, question):
@@ -117,9 +118,11 @@ def parse(answer, tolerance=0):
 # ---- one batch of grids ----------------------------------------------------------------------------------------------
 def cut(grid, number, folder, out):
     """The panels of one grid, written as PNG files and returned as images."""
-    panels = dsd.cut_grid(dsd.open_image(folder / grid["file"]), grid["rows"], grid["columns"])
+    panels = dsd.cut_grid(dsd.open_image(dsd.inside(folder, grid["file"])), grid["rows"], grid["columns"])
+    if min(panels[0].size) < 8:
+        raise dsd.DsdError(f"{folder / grid['file']}: panels of {panels[0].size} pixels; too small to be seen")
     for k, panel in enumerate(panels):
-        panel.save(out / panel_file(number, k))
+        dsd.save_image(panel, out / panel_file(number, k))
     return panels
 
 
@@ -127,18 +130,23 @@ def panel_file(number, panel):
     return f"images/{number:06d}_{panel}.png"
 
 
+def pairs_of(grids):
+    """All pairs of panels (grid, i, j) of some grids {number: record}."""
+    return [(n, i, j) for n, grid in grids.items()
+            for i, j in itertools.combinations(range(grid["rows"] * grid["columns"]), 2)]
+
+
 def curate(grids, panels, model, args):
     """Transcripts of all pairs of some grids. grids: {number: record}, panels: {number: images}.
 
     * The question is symmetric: it is asked once for two panels, and an accepted answer gives both orders."""
-    asked = [(n, i, j) for n in grids for i, j in itertools.combinations(range(len(panels[n])), 2)]
+    asked = pairs_of(grids)
     answers = ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in asked], PAIR_QUESTION, args.batch_size, 400)
     records = []
     for (n, i, j), answer in zip(asked, answers):
         verdict, reason = parse(answer, args.tolerance)
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
-                        "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "vlm": dsd.name_of(args.vlm),
-                        "tolerance": args.tolerance, "caption": args.caption, "captions": {},
+                        "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "captions": {},
                         "question": PAIR_QUESTION, "answer": answer})
     accepted = [r for r in records if r["verdict"] == "yes"]
     for (n, i, j), text in caption(accepted, panels, model, args).items():
@@ -164,7 +172,7 @@ def metadata(records):
     """One line for each accepted ordered pair; columns ending in `_file_name` become images in `imagefolder`."""
     for r in (r for r in records if r["verdict"] == "yes"):
         for a, b in (r["panels"], r["panels"][::-1]):
-            if r["captions"][str(b)]:
+            if r["captions"].get(str(b)):
                 yield {"reference_file_name": panel_file(r["grid"], a), "target_file_name": panel_file(r["grid"], b),
                        "prompt": r["captions"][str(b)], "subject": r["subject"], "family": r["family"],
                        "grid": r["grid"], "reference_panel": a, "target_panel": b}
@@ -197,72 +205,93 @@ def sheet(records, out, name, seed, count=24):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def read_grids(args):
-    """The grids {number: record} of --grids, the numbers still to be asked about, and the transcripts of the others."""
+    """The grids of --grids {line's number from 0: record}; one listed twice counts once."""
     path = args.grids / "grids.jsonl"
     if not path.exists():
         raise dsd.DsdError(f"no {path}; run generate_grids.py first, or say where its output is with --grids")
-    grids = dict(list(enumerate(dsd.read_records(path)))[:args.limit])
-    for n, grid in grids.items():
-        if not isinstance(grid, dict) or not {"file", "prompt", "subject", "family", "rows", "columns"} <= set(grid):
-            raise dsd.DsdError(f"{path}, line {n + 1}: not a record of generate_grids.py; make the grids again")
-    old = dsd.read_records(args.out / "transcripts.jsonl")
-    for r in old:
-        if (r["prompt"], r["vlm"], r["caption"], r["tolerance"]) != (
-                grids.get(r["grid"], r)["prompt"], dsd.name_of(args.vlm), args.caption, args.tolerance):
-            raise dsd.DsdError(f"{args.out} was made from other grids or with another --vlm, --caption or --tolerance; "
-                               "delete it or give another --out")
-    last = {(r["grid"], *r["panels"]): r for r in old if r["grid"] in grids}  # a torn grid was asked about twice
-    asked = collections.Counter(n for n, i, j in last)
-    waiting = [n for n, g in grids.items() if asked[n] < math.comb(g["rows"] * g["columns"], 2)]
-    return grids, waiting, [r for r in last.values() if r["grid"] not in waiting]
+    records = dsd.read_records(path, file=str, prompt=str, subject=str, family=str, rows=int, columns=int)[:args.limit]
+    first = {record["file"]: n for n, record in reversed(list(enumerate(records)))}
+    grids = {n: record for n, record in enumerate(records) if first[record["file"]] == n}
+    if len(grids) < len(records):
+        print(f"{path}: {len(records) - len(grids)} grids are listed twice and count once", file=sys.stderr)
+    if not grids or not all(1 <= g["rows"] <= 8 and 1 <= g["columns"] <= 8 for g in grids.values()):
+        raise dsd.DsdError(f"{path}: no grids, or not of 1 to 8 rows and columns; run generate_grids.py again")
+    return grids
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
-    parser.add_argument("--vlm", default=str(dsd.MINIATURE / "vlm"),
-                        help="an image-text-to-text folder or hub name (default: the miniature)")
-    parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
-    parser.add_argument("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
-    parser.add_argument("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "
-                        "(default: the VLM's dsd.json, else 0: the VLM's own verdict)")
-    parser.add_argument("--batch_size", type=int, default=64, help="pairs asked about at once")
-    parser.add_argument("--limit", type=int, help="use only so many grids")
-    parser.add_argument("--seed", type=int, default=0, help="chooses what the contact sheets show; verdicts are greedy")
+def read_transcripts(path, batches):
+    """The batches of grids still to be asked about, and the transcripts of those before them.
+
+    Those of a batch that is not whole are taken out of the file: it is asked about again as if for the first time."""
+    old = dsd.read_records(path, grid=int, panels=list, prompt=str, family=str, subject=str, verdict=str, reason=str,
+                           captions=dict)
+    wanted = [(n, [i, j], batch[n]["prompt"]) for batch in batches for n, i, j in pairs_of(batch)]
+    found = [(r["grid"], r["panels"], r["prompt"]) for r in old]
+    if wanted[:len(found)] != found[:len(wanted)]:
+        raise dsd.DsdError(f"{path} is of other grids; restore it, give another --out, or delete its folder")
+    ends = list(itertools.accumulate(len(pairs_of(batch)) for batch in batches))  # of each batch, in the file
+    whole = sum(end <= len(old) for end in ends)
+    kept = old[:ends[whole - 1]] if whole else []
+    if whole < len(batches) and len(kept) < len(old):
+        dsd.write_records(path, kept)
+    return batches[whole:], kept
+
+
+def parse_args():
+    parser = dsd.Parser(__doc__)
+    add = parser.add_argument
+    add("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
+    add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="an image-text-to-text folder or hub name (default: the miniature)")
+    add("--out", type=Path, default=Path("runs/pairs"))
+    add("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
+    add("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "
+        "(default: the VLM's dsd.json, else 0: the VLM's own verdict)")
+    add("--batch_size", type=int, help="pairs asked about at once")
+    add("--limit", type=int, help="use only so many grids")
+    add("--seed", type=int, help="chooses what the contact sheets show; verdicts are greedy")
+    gpu.add_flags(parser)
     args = parser.parse_args()
-    args.tolerance = dsd.model_settings(args.vlm, "curate", args, tolerance=0)["tolerance"]
-    if args.batch_size < 1 or (args.limit or 1) < 1:
-        raise dsd.DsdError("--batch_size and --limit must be at least 1")
+    vars(args).update(dsd.model_settings(args.vlm, "curate", args, tolerance=0, batch_size=64, limit=10**9, seed=0))
     return args
 
 
 def main():
-    args = parse_arguments()
-    grids, waiting, records = read_grids(args)
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
-    if waiting:
-        model = load_vlm(args.vlm)
-        bar = tqdm(total=len(grids), initial=len(grids) - len(waiting), desc="curate", unit="grid")
-        at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
-        for part in (waiting[i:i + at_once] for i in range(0, len(waiting), at_once)):
-            panels = {n: cut(grids[n], n, args.grids, args.out) for n in part}
-            new = curate({n: grids[n] for n in part}, panels, model, args)
-            dsd.append_records(args.out / "transcripts.jsonl", new)
+    args = parse_args()
+    gpu.check(args, language=args.vlm)
+    grids, source, path = read_grids(args), args.grids / "settings.json", args.out / "transcripts.jsonl"
+    state = gpu.processes()
+    main, each = state.is_main_process, state.num_processes
+    at_once, numbers = max(args.batch_size // 6, 1), list(grids)  # a 2x2 grid has six pairs
+    batches = [{n: grids[n] for n in numbers[i:i + at_once]} for i in range(0, len(numbers), at_once)]
+    with state.main_process_first():
+        if main:
+            dsd.open_out(args.out, {
+                "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
+                "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
+            (args.out / "images").mkdir(exist_ok=True)
+        waiting, records = read_transcripts(path, batches)
+    model = load_vlm(args.vlm, args.quantize) if waiting else None
+    for start in tqdm(range(0, len(waiting), each), desc="curate", unit="batch", disable=not main):
+        batch = dict(*waiting[start:start + each][state.process_index:state.process_index + 1])  # one for each process
+        panels = {n: cut(grid, n, args.grids, args.out) for n, grid in batch.items()}
+        new = gather_object(curate(batch, panels, model, args))  # of all processes, in the order of their batches
+        if main:
+            dsd.append_records(path, new)
             records += new
-            bar.update(len(part))
-            bar.set_postfix(accepted=f"{sum(r['verdict'] == 'yes' for r in records) / max(len(records), 1):.0%}")
-        bar.close()
+    if not main:
+        return
     pairs = list(metadata(records))
-    dsd.write_text(args.out / "metadata.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
+    dsd.write_records(args.out / "metadata.jsonl", pairs)
     summary = summarise(records, pairs, args)
     dsd.write_json(args.out / "summary.json", summary)
     sheet([r for r in records if r["verdict"] == "yes"], args.out, "accepted.png", args.seed)
     sheet([r for r in records if r["verdict"] != "yes"], args.out, "rejected.png", args.seed)
     if not pairs:
         raise dsd.DsdError(f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and "
-                           "transcripts.jsonl); make more or better grids, or try another --vlm")
+                           "transcripts.jsonl); make more or better grids, try another --vlm or a higher --tolerance")
     print(f"{summary['yes']} of {summary['asked']} pairs accepted ({summary['accept_rate']:.0%}, "
-          f"{summary['unparsable']} unparsable): {len(pairs)} training pairs in {args.out}")
+          f"{summary['unparsable']} unparsable): {len(pairs)} training pairs in {args.out}; peak memory "
+          f"{dsd.peak_memory():.1f} GB")
 
 
 if __name__ == "__main__":

@@ -10,22 +10,33 @@ packed: a token holds 2x2 latent pixels of 16 channels, so x is (B, N, 64) with 
 reference image (as condition tokens), `T` the prompt (as text embeddings).
 """
 
+import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import os
 import resource
 import sys
 import textwrap
+import unicodedata
 from pathlib import Path
 
+import diffusers
 import numpy
 import torch
-from diffusers import FluxControlPipeline
+import transformers
+from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
+SCHNELL = dict.fromkeys(["generate_grids", "sample"], {"steps": 4})  # FLUX.1-schnell is distilled to so few
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 
 
@@ -89,7 +100,7 @@ def encode(vae, pixels, generator=None):
     """Images (B, 3, H, W) in [-1, 1] -> packed latents (B, N, 64) of about unit variance, in the pipeline's scale.
 
     Their mean; with a generator (or a list of one for each image) a sample, as the stock pipelines draw it."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    posterior = vae.encode(pixels.to(device(), vae.dtype)).latent_dist  # offloaded weights are elsewhere
     latents = posterior.mode() if generator is None else posterior.sample(generator=generator)
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
@@ -122,18 +133,29 @@ def canvas(reference, target=None):
 
 
 def open_image(path):
-    """Any image file as RGB: EXIF orientation applied, transparency composed on white, 16 bits scaled to 8."""
+    """Any picture file as RGB: turned as its EXIF says, transparency composed on white, 16 bits scaled to 8, of an
+    animation the first frame."""
     try:
         with Image.open(path) as image:
+            image.verify()  # a PNG's checksums; it closes the file
+        with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel")
+            if image.mode.startswith("I;16"):
                 image = image.point(lambda v: v / 256).convert("L")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DsdError(f"{path}: not an image that can be read ({error}); give a PNG or JPEG file") from None
+    except Exception as error:  # what a damaged file raises depends on the place of the damage
+        raise DsdError(f"{path}: not an image that can be read ({one_line(error)}); give a PNG or JPEG file") from None
+
+
+def save_image(image, path, **options):
+    """Write a PNG file whole."""
+    with writing(path) as part:
+        image.save(part, format="PNG", **options)
 
 
 def fit_panel(image, width, height):
@@ -153,7 +175,7 @@ def contact_sheet(rows, path, side=128):
             sheet.paste(cell, (x, y))
             x += cell.width
         y += max(cell.height for cell in row)
-    sheet.save(path)
+    save_image(sheet, path)
 
 
 def labelled(image, caption, side, margin=6):
@@ -209,23 +231,51 @@ def lora_state(transformer):
 
 
 def save_adapter(transformer, folder, dtype=torch.float32):
-    """Write the adapter so that FluxControlPipeline.load_lora_weights(folder) reads it."""
+    """Write the adapter so that FluxControlPipeline.load_lora_weights(folder) reads it: the same weights, the same bytes.
+
+    Its metadata are diffusers' own and a checksum of the whole. They are one entry on purpose: safetensors writes
+    several in an order that changes from process to process."""
     config = transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # the same file every time
-    layers = {name: tensor.to("cpu", dtype) for name, tensor in lora_state(transformer).items()}
-    FluxControlPipeline.save_lora_weights(
-        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
+    config["target_modules"] = sorted(config["target_modules"])
+    tensors = {f"transformer.{name}": t.to("cpu", dtype).contiguous() for name, t in lora_state(transformer).items()}
+    about = {f"transformer.{name}": value for name, value in config.items()}
+    about["sha256"] = checksum(tensors, about)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with writing(Path(folder) / ADAPTER_FILE) as part:
+        save_file(tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)})
+
+
+def checksum(tensors, about):
+    """SHA-256 of tensors by name and of what their file says about them."""
+    sha = hashlib.sha256(json.dumps({**about, "sha256": ""}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def adapter_file(folder):
+    """The file of an adapter's folder."""
+    if not (Path(folder) / ADAPTER_FILE).is_file():
+        raise DsdError(f"no adapter ({ADAPTER_FILE}) in {folder}; train one with finetune.py or give --adapter")
+    return Path(folder) / ADAPTER_FILE
 
 
 def load_adapter(pipe, folder):
     """Load an adapter folder into a FluxControlPipeline: ours, or the authors' released layout."""
-    folder = Path(folder)
-    if not (folder / ADAPTER_FILE).exists():
-        raise DsdError(f"no adapter ({ADAPTER_FILE}) in {folder}; train one with finetune.py or give --adapter")
+    folder, file = Path(folder), adapter_file(folder)
     if (folder / "transformer").is_dir():
         load_released_transformer(pipe.transformer, folder / "transformer")
     try:
-        pipe.load_lora_weights(str(folder), weight_name=ADAPTER_FILE)
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        tensors = load_file(file)
+        if "sha256" in about and about["sha256"] != checksum(tensors, about):
+            raise ValueError("the file is damaged")
+        pipe.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, use_safetensors=True, adapter_name="default")
+        ours = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.") and "lora_" in name}
+        if lost := ours - set(lora_state(pipe.transformer)):  # diffusers leaves out what it does not know
+            raise ValueError(f"{len(lost)} of its layers, {min(lost)} for one, have no place in it")
     except Exception as error:  # diffusers raises many kinds here: wrong shapes, a cut file, foreign names
         raise DsdError(f"the adapter in {folder} does not fit this model: {one_line(error)}") from None
 
@@ -294,6 +344,7 @@ def sample(pipe, references, text, null_text, seeds, settings):
 
     latents = unpack(x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     frames = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
+    pipe.maybe_free_model_hooks()  # of --offload model
     return pipe.image_processor.postprocess(frames[..., width // 2:], output_type="pil")
 
 
@@ -314,8 +365,9 @@ def encode_prompts(pipe, prompts):
 
 
 def prompt_tokens(pipe):
-    """How many T5 tokens a prompt may have: FLUX's 512, or fewer if the loaded tokenizer says so."""
-    return min(512, pipe.tokenizer_2.model_max_length)
+    """How many T5 tokens a prompt may have: FLUX.1-dev's 512, 256 for FLUX.1-schnell (whose schedule does not follow the
+    resolution), or fewer if the loaded tokenizer says so."""
+    return min(512 if pipe.scheduler.config.use_dynamic_shifting else 256, pipe.tokenizer_2.model_max_length)
 
 
 def start_schedule(scheduler, steps, tokens, device):
@@ -327,33 +379,78 @@ def start_schedule(scheduler, steps, tokens, device):
     return scheduler.timesteps
 
 
-# ---- models and settings ---------------------------------------------------------------------------------------------
+# ---- models and prompts ----------------------------------------------------------------------------------------------
 def device():
-    """"cuda" if there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that --device chose, else "cuda" if there is one, else "cpu"."""
+    return Parser.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(cls, model, **parts):
-    """A FLUX folder or hub name as a pipeline of class `cls`: bfloat16 on a GPU, float32 on a CPU."""
+def check_model(model, **sides):
+    """Refuse, from its configuration files alone, a model that is no FLUX folder or hub name, and `sides` of a picture, in
+    pixels, that do not fill its tokens. Returns how many channels the transformer's layers have."""
     folder = Path(model)
     hub = not folder.exists() and str(model).count("/") == 1 and not folder.parent.is_dir()  # owner/name
     if not hub and not (folder / "model_index.json").exists():
         raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
     try:
+        kind = FluxPipeline.load_config(model)["_class_name"]
+        vae, transformer = (FluxTransformer2DModel.load_config(model, subfolder=p) for p in ("vae", "transformer"))
+        unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
+        channels, width = transformer["in_channels"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    except Exception as error:  # a folder copied in half, a gated model
+        raise DsdError(f"cannot load {model}: {one_line(error)}") from None
+    if kind != "FluxPipeline" or channels != 64:
+        raise DsdError(f"{model} is a {kind} of {channels} channels; the teacher must be a FluxPipeline of 64")
+    for name, side in sides.items():
+        if side % unit:
+            raise DsdError(f"{name} is {side} pixels; this model needs multiples of {unit}")
+    return width
+
+
+def load_pipeline(cls, model, place=None, **parts):
+    """A FLUX folder or hub name as a pipeline of class `cls`: bfloat16 on a GPU, float32 on a CPU.
+
+    place(pipe) puts it elsewhere than on the device (gpu.py)."""
+    check_model(model)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # what matters is checked and said here
+    try:
         dtype = torch.bfloat16 if device() == "cuda" else torch.float32
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
-    except Exception as error:  # a cut file, a missing part, a gated model: many kinds, one answer
+    except Exception as error:  # a cut file, a missing part: many kinds, one answer
         raise DsdError(f"cannot load {model} as {cls.__name__}: {one_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device())
+    file = Path(model) / "dsd.json"
+    if cls is FluxControlPipeline and file.exists():  # * a canvas' prompt is shorter than a grid's: fewer tokens, faster
+        limit = read_json(file).get("canvas_prompt_tokens", pipe.tokenizer_2.model_max_length)
+        pipe.tokenizer_2.model_max_length = min(limit, pipe.tokenizer_2.model_max_length)
+    if device() == "cuda" and pipe.vae:
+        pipe.vae.enable_slicing()  # one picture at a time takes a fraction of the memory
+    return place(pipe) if place else pipe.to(device())
 
 
-def model_settings(model, step, flags, **defaults):
-    """Settings of one script: a flag if it was given, else what the model's folder says (dsd.json), else the default."""
-    folder = Path(model)
-    own = json.loads((folder / "dsd.json").read_text()).get(step, {}) if (folder / "dsd.json").exists() else {}
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    return {name: given.get(name, own.get(name, default)) for name, default in defaults.items()}
+def check_text(text, source):
+    """`text` without space around it; empty text and control characters are refused. `source` says where it is from."""
+    if not text.strip():
+        raise DsdError(f"{source}: empty; say what to draw")
+    if odd := [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r"]:
+        raise DsdError(f"{source}: has the control character {odd[0]!a}; remove it")
+    return text.strip()
+
+
+def warn_of_prompts(pipe, prompts):
+    """Say on stderr what the text encoders will not read of each prompt: words beyond their limit, unknown words."""
+    for prompt in dict.fromkeys(prompts):
+        for name, tokenizer, limit in (("CLIP", pipe.tokenizer, pipe.tokenizer.model_max_length),
+                                       ("T5", pipe.tokenizer_2, prompt_tokens(pipe))):
+            ids = tokenizer(prompt).input_ids
+            if len(ids) > limit:
+                print(f"warning: a prompt has more than {name}'s {limit - 1} tokens; not read: "
+                      f"\"{tokenizer.decode(ids[limit - 1:-1])}\"", file=sys.stderr)
+        t5 = pipe.tokenizer_2
+        if unknown := [word for word in prompt.split() if t5.unk_token_id in t5(word).input_ids]:
+            print(f"warning: words that this model does not know: {' '.join(dict.fromkeys(unknown))}", file=sys.stderr)
 
 
 def name_of(path):
@@ -369,36 +466,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kilobytes
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-def save_checkpoint(path, parameters, optimizer, ema, step):
-    """All that step `step` depends on, weights, AdamW's moments, averages (or ema None), in one safetensors file."""
-    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step if ema else 0)}
-    for i, p in enumerate(parameters):
-        state = optimizer.state[p]
-        tensors |= {f"{i}.p": p.data, f"{i}.m": state["exp_avg"], f"{i}.v": state["exp_avg_sq"], f"{i}.n": state["step"]}
-        if ema:
-            tensors[f"{i}.ema"] = ema.shadow_params[i]
-    save_file({name: t.contiguous() for name, t in tensors.items()}, f"{path}.part")
-    Path(f"{path}.part").replace(path)
-
-
-def load_checkpoint(path, parameters, optimizer, ema):
-    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
-    if not Path(path).exists():
-        return 0
-    tensors = load_file(path)
-    for i, p in enumerate(parameters):
-        p.data.copy_(tensors[f"{i}.p"])
-        optimizer.state[p] = {"step": tensors[f"{i}.n"], "exp_avg": tensors[f"{i}.m"].to(p.device),
-                              "exp_avg_sq": tensors[f"{i}.v"].to(p.device)}
-        if ema:
-            ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
-    if ema:
-        ema.optimization_step = int(tensors["ema_steps"])
-    return int(tensors["step"])
-
-
-# ---- records on disk -------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 class DsdError(Exception):
     """A user's mistake: one line that says what is wrong and what to do."""
 
@@ -408,45 +476,236 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+class Parser(argparse.ArgumentParser):
+    """A script's options, with those that all scripts share. A mistake in them is one line, like all others."""
+
+    device = None  # as --device chose
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.add_argument("--overwrite", action="store_true", help="if --out holds another run, delete that one first")
+        self.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+
+    def error(self, message):
+        raise DsdError(f"{message}; --help explains the options")
+
+    def parse_args(self):
+        args = super().parse_args()
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise DsdError("--device cuda: there is no CUDA device here, or torch was installed without CUDA")
+        Parser.device = args.device
+        return args
+
+
+def model_settings(model, step, flags, **defaults):
+    """Settings of one script: a flag if it was given, else what the model's folder says (dsd.json), else the default."""
+    file = Path(model) / "dsd.json"
+    own = read_json(file) if file.exists() else SCHNELL if "schnell" in Path(model).name.lower() else {}
+    own = own.get(step, {})
+    if not isinstance(own, dict):
+        raise DsdError(f"{file}: \"{step}\" must be an object; restore it")
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    settings = {name: given.get(name, own.get(name, default)) for name, default in defaults.items()}
+    for name, value in settings.items():
+        check_setting(name, value, defaults[name])
+    return settings
+
+
+def check_setting(name, value, default):
+    """Refuse a value of another kind than the default's: whole numbers from 1 (some from 0), finite numbers from 0."""
+    low = 0 if type(default) is float or name in ("seed", "tolerance", "unguided_steps") else 1
+    if type(default) is int and not (type(value) is int and low <= value < 2**31):
+        raise DsdError(f"--{name} {value}: must be a whole number, at least {low} and below 2**31")
+    if type(default) is float and not (type(value) in (int, float) and low <= value < math.inf):
+        raise DsdError(f"--{name} {value}: must be a number, at least {low}")
+    if type(default) in (bool, str, list, dict) and (type(value) is not type(default)):
+        raise DsdError(f"{name} {value!r}: must be of the kind of {default!r}")
+    for part in value if type(default) is list else []:
+        check_setting(name, part, default[0])
+
+
 def run(main):
-    """Run a script's main; a DsdError becomes one line on stderr and exit code 2."""
+    """Run a script's main; a mistake becomes one line on stderr and exit code 2."""
     try:
         main()
+        return
     except DsdError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        line, code = f"error: {error}", 2
+    except OSError as error:  # no permission, a file where a folder should be, a full disk
+        line, code = f"error: {error.filename or 'a file'}: {error.strerror or one_line(error)}", 2
+    except (MemoryError, RuntimeError) as error:  # what torch raises depends on the device
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        line, code = f"error: out of memory; take a smaller --batch_size or picture ({one_line(error)})", 2
     except KeyboardInterrupt:
-        sys.exit(print("stopped; the same command goes on from here", file=sys.stderr) or 130)
+        line, code = "stopped; the same command goes on from here", 130
+    finally:
+        LOCKS.clear()
+    tqdm.write(line, file=sys.stderr)  # not in the middle of a progress bar
+    sys.exit(code)
 
 
-def append_records(path, records):
-    """Append records as JSON lines and see them to the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
+# ---- files: written whole, or not at all -----------------------------------------------------------------------------
+LOCKS = {}  # output folder -> its open lock file; closing it, or the end of the process, however it ends, unlocks
 
 
-def read_records(path):
-    """The records of a JSON-lines file, [] if there is none. A half-written last line is dropped, with a notice."""
-    path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
-    whole, half = data[:data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1:]
+def open_out(folder, run, files, overwrite=False):
+    """Make an output folder, for this process alone, and note in its settings.json which run it holds.
+
+    run: the script ("step") and all that decides what the folder will hold; files: patterns of what it writes there.
+    Refused: a folder in use, one with files of unknown origin, and one with another run of this script unless `overwrite`
+    says to delete its `files`. A run that goes on finds its own settings."""
+    folder, run = Path(folder), json.loads(json.dumps(run))
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() not in LOCKS:
+        lock = open(folder / ".lock", "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DsdError(f"{folder} is in use by another process; wait for it or give another --out") from None
+        LOCKS[folder.resolve()] = lock
+    path, old = folder / "settings.json", None
+    with contextlib.suppress(DsdError, FileNotFoundError):
+        old = read_json(path)
+    if old == run:
+        return
+    found = [file for pattern in files for file in sorted(folder.glob(pattern))]
+    if (old or {}).get("step") != run["step"] and (found or path.exists()):  # these may be anyone's
+        raise DsdError(f"{folder} holds files that are not of such a run ({(found or [path])[0].name}); give another --out")
+    if found and not overwrite:
+        raise DsdError(f"{folder} holds another run ({found[0].name}); give another --out, or --overwrite to replace it")
+    for file in found:
+        file.unlink()
+    write_json(path, run)  # last: a deletion that was interrupted is found and finished
+
+
+@contextlib.contextmanager
+def writing(path):
+    """`with writing(path) as part:` fills the file `part`, which then takes the place of `path`: nobody sees half a file,
+    and a full disk leaves `path` as it was."""
+    part = Path(f"{path}.part")
     try:
-        if half:
-            print(f"{path}: dropped a half-written last line", file=sys.stderr)
-            write_text(path, whole.decode())
-        return [json.loads(line) for line in whole.split(b"\n")[:-1]]
-    except ValueError as error:
-        raise DsdError(f"{path}: not a file of JSON lines ({error}); delete it or restore it") from None
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a text file whole: aside first, then renamed, so that a reader never sees half of it."""
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write a text file whole."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may not be Unicode
 
 
 def write_json(path, value):
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DsdError(f"{path}: not a JSON file ({one_line(error)}); restore it or delete it") from None
+    if not isinstance(value, dict):
+        raise DsdError(f"{path}: must hold a JSON object; restore it or delete it")
+    return value
+
+
+def write_records(path, records):
+    """Write a file of JSON lines whole."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_records(path, records):
+    """Append records as JSON lines, after the last whole line, and see them to the disk."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    data = text.encode("utf-8", errors="backslashreplace")
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if file.read() not in (b"", b"\n"):  # a half-written line
+            file.seek(0)
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)
+        try:
+            if file.write(data) < len(data):
+                raise OSError("no space left on the device")
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+
+
+def read_records(path, **fields):
+    """The records of a JSON-lines file, [] if there is none. A half-written last line is left out, with a notice.
+
+    fields: name=type of what every record must have, or the file is refused."""
+    *lines, half = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
+    if half:
+        print(f"{path}: left out a half-written last line", file=sys.stderr)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+            odd = [name for name, kind in fields.items() if not isinstance(record[name], kind)]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            odd = [one_line(error)]
+        if odd or not isinstance(record, dict):
+            reason = f" ({odd[0]})" if odd else ""
+            raise DsdError(f"{path}, line {number}: not a record of this project{reason}; restore the file or make it again")
+        records.append(record)
+    return records
+
+
+def inside(folder, name):
+    """The path of the file that a record names, which must lie in the record's folder."""
+    try:
+        if (Path(folder) / name).resolve().is_relative_to(Path(folder).resolve()):
+            return Path(folder) / name
+    except (ValueError, OSError, RuntimeError):  # a name that no file can have, links in a circle
+        pass
+    raise DsdError(f"a record in {folder} names {name!a}, which is not in this folder; correct it or make it again")
+
+
+def file_digest(path):
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+def save_checkpoint(path, parameters, optimizer, ema, step):
+    """All that step `step` depends on, weights, AdamW's moments, averages (or ema None), in one safetensors file."""
+    tensors = {"step": torch.tensor(step), "ema_steps": torch.tensor(ema.optimization_step if ema else 0)}
+    for i, p in enumerate(parameters):
+        tensors[f"{i}.p"] = p.data
+        tensors |= {f"{i}.adam.{name}": torch.as_tensor(value) for name, value in optimizer.state[p].items()}
+        if ema:
+            tensors[f"{i}.ema"] = ema.shadow_params[i]
+    with writing(path) as part:  # clones: some optimisers share a tensor among parameters
+        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, part)
+
+
+def load_checkpoint(path, parameters, optimizer, ema):
+    """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
+    if not Path(path).exists():
+        return 0
+    try:
+        tensors = load_file(path)
+        for i, p in enumerate(parameters):
+            p.data.copy_(tensors[f"{i}.p"])
+            state = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{i}.adam.")}
+            optimizer.state[p] = {name: t if name == "step" else t.to(p.device) for name, t in state.items()}
+            if ema:
+                ema.shadow_params[i].copy_(tensors[f"{i}.ema"])
+        if ema:
+            ema.optimization_step = int(tensors["ema_steps"])
+        return int(tensors["step"])
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise DsdError(f"{path}: not a checkpoint of this run ({one_line(error)}); delete it to start again") from None

@@ -13,10 +13,9 @@ Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoR
 last checkpoint.
 """
 
-import argparse
-import hashlib
-import json
+import contextlib
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -24,45 +23,52 @@ import matplotlib
 import numpy
 import torch
 from accelerate import Accelerator
-from diffusers import FluxControlPipeline, FluxTransformer2DModel
+from diffusers import FluxControlPipeline
 from diffusers.training_utils import EMAModel, cast_training_params
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dsd
+import gpu
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 SHARD = 256  # pairs a cache file
+FILES = [dsd.ADAPTER_FILE, "checkpoint.safetensors", "log.jsonl", "loss.png", "summary.json", "cache/*", "validation/*",
+         "*.part"]  # what this script writes
 
 
 # ---- the cache: everything encoded once ------------------------------------------------------------------------------
 def read_pairs(folder):
-    """The records of curate.py: reference and target file, and the target's prompt."""
-    pairs = dsd.read_records(folder / "metadata.jsonl")
+    """The records of curate.py: reference and target file, and the target's prompt. A pair listed twice counts once."""
+    path = folder / "metadata.jsonl"
+    records = dsd.read_records(path, reference_file_name=str, target_file_name=str, prompt=str)
+    for number, record in enumerate(records, 1):
+        dsd.check_text(record["prompt"], f"{path}, line {number}, prompt")
+    pairs = list({tuple(r[k] for k in ("reference_file_name", "target_file_name", "prompt")): r for r in records}.values())
     if not pairs:
         raise dsd.DsdError(f"no pairs in {folder}; run curate.py first, or give --pairs")
-    for number, pair in enumerate(pairs, 1):
-        if not {"reference_file_name", "target_file_name", "prompt"} <= set(pair):
-            raise dsd.DsdError(f"{folder}/metadata.jsonl, line {number}: not a pair; run curate.py again")
+    if len(pairs) < len(records):
+        print(f"{path}: {len(records) - len(pairs)} pairs are listed twice and count once", file=sys.stderr)
     return pairs
 
 
 def load_canvas(folder, pairs, size):
     """Pictures of some pairs -> (reference, target), each (n, 3, H, W) in [-1, 1]; `size` is (W, H)."""
-    images = [[dsd.open_image(folder / p[f"{side}_file_name"]) for p in pairs] for side in ("reference", "target")]
+    images = [[dsd.open_image(dsd.inside(folder, p[f"{side}_file_name"])) for p in pairs] for side in ("reference", "target")]
     if odd := [image.size for side in images for image in side if image.size != size]:
         raise dsd.DsdError(f"{folder}: pictures of {size} and of {odd[0]} pixels; curate grids of one size at a time")
     return [dsd.to_pixels(side) for side in images]
 
 
-def encode_pairs(pipe, pairs, folder, size, cache, frames=2):
+def encode_pairs(pipe, pairs, folder, size, cache, frames=2, process=0, processes=1):
     """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings.
 
     With one frame (an ablation) the target is the whole canvas and the reference its condition."""
-    for start in tqdm(range(0, len(pairs), SHARD), desc="encode", disable=None):
+    for start in tqdm(range(0, len(pairs), SHARD)[process::processes], desc="encode", disable=process > 0 or None):
         path = cache / f"{start:08d}.safetensors"
         if path.exists():
             continue
@@ -78,16 +84,20 @@ def encode_pairs(pipe, pairs, folder, size, cache, frames=2):
                    "embeds": torch.cat([e for e, _ in encoded]), "pooled": torch.cat([p for _, p in encoded])}
         tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
         tensors["prompt"] = torch.tensor([prompts.index(p["prompt"]) for p in shard])
-        save_file(tensors, f"{path}.part")
-        Path(f"{path}.part").replace(path)
+        with dsd.writing(path) as part:
+            save_file(tensors, part)
 
 
 class Cache:
     """The encoded pairs on disk, read a few at a time (memory does not grow with their number)."""
 
-    def __init__(self, cache, count):
-        self.count = count
-        self.shards = [safe_open(path, framework="pt") for path in sorted(cache.glob("*.safetensors"))]
+    def __init__(self, cache, pairs):
+        self.pairs, self.shards = pairs, []
+        for start in range(0, len(pairs), SHARD):
+            try:
+                self.shards.append(safe_open(cache / f"{start:08d}.safetensors", framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise dsd.DsdError(f"{cache}: {dsd.one_line(error)}; delete this folder, it is made again") from None
 
     def batch(self, indices):
         """x_0 and condition (B, N, 64), text = (embeds (B, L, D), pooled (B, P))."""
@@ -105,10 +115,10 @@ class Cache:
 def draw(cache, null_text, settings, step, micro, accelerator):
     """This process's share of a global batch, drawn by (seed, step) alone: a resumed run draws the same.
 
-    Returns x_0, eps (b, N, 64), sigma (b,), condition (b, N, 64), embeds (b, L, D), pooled (b, P)."""
+    Returns their pairs, x_0, eps (b, N, 64), sigma (b,), condition (b, N, 64), embeds (b, L, D), pooled (b, P)."""
     b = settings["batch_size"]
     generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + step) * 64 + micro)
-    indices = torch.randint(cache.count, (b,), generator=generator)
+    indices = torch.randint(len(cache.pairs), (b,), generator=generator)
     sigma = dsd.sample_sigmas(b, settings["shift"], generator)
     drop_condition, drop_prompt = (torch.rand(b, generator=generator) < settings[name]
                                    for name in ("condition_dropout", "prompt_dropout"))
@@ -120,12 +130,13 @@ def draw(cache, null_text, settings, step, micro, accelerator):
     condition[drop_condition[mine]] = 0  # the null condition: zero latents (R)
     for part, null in zip(text, null_text):
         part[drop_prompt[mine]] = null.float().cpu()  # the null prompt: "" (R)
-    return [t.to(accelerator.device) for t in (x_0, eps, sigma[mine], condition, *text)]
+    pairs = [cache.pairs[i] for i in indices[mine].tolist()]
+    return pairs, *(t.to(accelerator.device) for t in (x_0, eps, sigma[mine], condition, *text))
 
 
 def batch_losses(model, batch, size, ids, settings):
-    """(3,): the loss of one batch, and the losses of its two frames."""
-    x_0, eps, sigma, condition, *text = batch
+    """(3,): the loss of one batch, and the losses of its two frames. `size`: the canvas in latent pixels (h, w)."""
+    _, x_0, eps, sigma, condition, *text = batch
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
     v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, settings["guidance_scale"])
     return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), *size, settings["frame_weights"]))
@@ -135,52 +146,69 @@ def make_optimizer(transformer, settings):
     """The trainable parameters, the condition columns last, AdamW on them and their averages (EMA) or None."""
     columns = dsd.condition_columns(transformer)
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
-    optimizer = torch.optim.AdamW([{"params": others, "factor": settings["lora_lr_factor"]},
-                                   {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
+    optimizer = gpu.adamw(settings["quantize"])(
+        [{"params": others, "factor": settings["lora_lr_factor"]},
+         {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
     parameters = [*others, columns]
     return parameters, optimizer, EMAModel(parameters, decay=settings["ema"]) if settings["ema"] else None
 
 
 def train(transformer, cache, null_text, size, settings, accelerator, out, validate):
-    """The loop: draw, noise, predict, compare both frames, step. `size`: the canvas in latent pixels (h, w).
-
-    Returns the seconds a step took."""
-    ids = dsd.position_ids(*size).to(accelerator.device)
+    """The loop: draw, noise, predict, compare both frames, step. Returns the seconds a step took."""
+    ids, steps = dsd.position_ids(*size).to(accelerator.device), settings["steps"]
     parameters, optimizer, ema = make_optimizer(transformer, settings)
     first = resume(out, parameters, optimizer, ema, accelerator)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    micros, main, steps = settings["accumulate"], accelerator.is_main_process, settings["steps"]
-    begun, bar = time.time(), tqdm(total=steps, initial=first, desc="finetune", disable=not main)
+    model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=[False, True])
+    begun, bar = time.time(), tqdm(total=steps, initial=first, desc="finetune", disable=not accelerator.is_main_process)
 
     for step in range(first, steps):
+        batches = [draw(cache, null_text, settings, step, micro, accelerator) for micro in range(settings["accumulate"])]
         losses = torch.zeros(3, device=accelerator.device)
-        for micro in range(micros):
-            batch = draw(cache, null_text, settings, step, micro, accelerator)
-            parts = batch_losses(model, batch, size, ids, settings) / micros
-            accelerator.backward(parts[0])
+        for batch in batches:
+            with attention(accelerator.device):
+                parts = batch_losses(model, batch, size, ids, settings) / len(batches)
+                accelerator.backward(parts[0])
             losses += parts.detach()
-        accelerator.clip_grad_norm_(parameters, 1.0)
+        norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        record = dict(zip(("loss", "frame_1", "frame_2"), accelerator.reduce(losses, "mean").tolist()))
+        if not math.isfinite(record["loss"] + norm):  # before it reaches the weights
+            names = culprits(batches, lambda batch: batch_losses(model, batch, size, ids, settings))
+            raise dsd.DsdError(f"the loss is not a number at step {step}, at {names}; the checkpoint before it is kept. "
+                               "Try a lower --learning_rate, or without these pairs, and another --out")
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * group["factor"] * learning_rate_share(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
             ema.step(parameters)
-        record = dict(zip(("loss", "frame_1", "frame_2"), accelerator.reduce(losses, "mean").tolist()))
-        if not math.isfinite(record["loss"]):
-            raise dsd.DsdError(f"the loss is not a number at step {step}; try a lower --learning_rate and another --out")
         bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()}, refresh=False)
         bar.update()
-        if main:
+        if accelerator.is_main_process:
             dsd.append_records(out / "log.jsonl", [{"step": step, **record}])
             if (step + 1) % settings["validate_every"] == 0 and step + 1 < steps:
                 validate(step + 1)
-            if (step + 1) % settings["save_every"] == 0 or step + 1 == steps:
+            if (step + 1) % settings["save_every"] == 0 or step + 1 == steps:  # last: what precedes it is done again
                 dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
-                draw_losses(out)
     if ema:
         ema.copy_to(parameters)
     return (time.time() - begun) / max(steps - first, 1)
+
+
+def attention(device):
+    """On a CPU plain attention: the backward pass of the fused one is the slower one there."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def culprits(batches, losses_of):
+    """The pairs of this process whose own loss is not a number, by the target's file name; all if each alone is fine."""
+    bad, every = [], []
+    for pairs, *tensors in batches:
+        for k, pair in enumerate(pairs):
+            every.append(pair["target_file_name"])
+            if not losses_of([None, *(t[k:k + 1] for t in tensors)])[0].isfinite():
+                bad.append(pair["target_file_name"])
+    return ", ".join(dict.fromkeys(bad or every))
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -192,27 +220,27 @@ def resume(out, parameters, optimizer, ema, accelerator):
     """Restore the last checkpoint and cut the log to it; returns the next step, 0 if there is no checkpoint."""
     step = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
     if accelerator.is_main_process:
-        log = [r for r in dsd.read_records(out / "log.jsonl") if r["step"] < step]
-        dsd.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+        dsd.write_records(out / "log.jsonl", [r for r in dsd.read_records(out / "log.jsonl", step=int) if r["step"] < step])
     return step
 
 
 def draw_losses(out, window=25):
     """loss.png: both frames' losses, averaged over `window` steps."""
-    log = dsd.read_records(out / "log.jsonl")
+    log = dsd.read_records(out / "log.jsonl", frame_1=float, frame_2=float)
     k = min(window, len(log))
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, label in (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)")):
         axes.plot(range(k, len(log) + 1), numpy.convolve([r[name] for r in log], [1 / k] * k, "valid"), label=label)
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=110, bbox_inches="tight")
+    with dsd.writing(out / "loss.png") as part:
+        figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dsd.Parser(__doc__)
     add = parser.add_argument
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote (default: %(default)s)")
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
@@ -228,68 +256,73 @@ def parse_args():
     add("--frames", type=int, choices=[1, 2], help="ablation: 1 is the edit alone, conditioned by its channels only")
     add("--ema", type=float, help="decay of the averaged weights, 0 is off")
     add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more time")
+    add("--compile", action="store_true", default=None, help="compile the blocks: a minute, and then faster steps")
+    gpu.add_flags(parser)
     add("--precision", choices=["bf16", "no"], help="of the arithmetic; the LoRA itself is kept in float32")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--validate_every", type=int, help="steps between validation pictures")
     add("--seed", type=int, help="of data order, noise and LoRA initialisation")
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args, dsd.model_settings(
+        args.model, "finetune", args, steps=10_000, rank=64, batch_size=1, accumulate=1, learning_rate=1e-4,
+        condition_lr_factor=5.0, lora_lr_factor=1.0, frames=2, frame_weights=[1.0, 1.0], condition_dropout=0.1,
+        prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, ema=0.0, gradient_checkpointing=False,
+        compile=False, quantize="none", precision="bf16",
+        save_every=250, validate_every=500, seed=0)
+
+
+def check(args, settings, pairs, processes):
+    """Refuse what could not be trained; returns the size (W, H) of the pictures."""
+    width, height = dsd.open_image(dsd.inside(args.pairs, pairs[0]["reference_file_name"])).size
+    channels = dsd.check_model(args.model, width=width, height=height)
+    if settings["rank"] > channels:
+        raise dsd.DsdError(f"--rank {settings['rank']} is above the {channels} channels of this model's layers")
+    if settings["batch_size"] % processes:
+        raise dsd.DsdError(f"--batch_size must be a multiple of the {processes} processes")
+    if settings["ema"] >= 1:
+        raise dsd.DsdError(f"--ema {settings['ema']}: the decay must be below 1")
+    return width, height
 
 
 def main():
-    args = parse_args()
-    settings = dsd.model_settings(
-        args.model, "finetune", args, steps=10_000, rank=64, batch_size=1, accumulate=1, learning_rate=1e-4,
-        condition_lr_factor=5.0, lora_lr_factor=1.0, frames=2, frame_weights=[1.0, 1.0], condition_dropout=0.1,
-        prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, ema=0.0, gradient_checkpointing=False, precision="bf16",
-        save_every=250, validate_every=500, seed=0)
-    if min(settings[name] for name in ("steps", "rank", "batch_size", "accumulate", "save_every", "validate_every")) < 1:
-        raise dsd.DsdError("--steps, --rank, --batch_size, --accumulate, --save_every, --validate_every: at least 1")
-    accelerator = Accelerator(mixed_precision=settings["precision"])
-    if settings["batch_size"] % accelerator.num_processes:
-        raise dsd.DsdError(f"--batch_size must be a multiple of the {accelerator.num_processes} processes")
+    args, settings = parse_args()
+    gpu.check(args, ["transformer"])
+    accelerator = Accelerator(mixed_precision=settings["precision"], cpu=dsd.device() == "cpu")
     pairs = read_pairs(args.pairs)
-    width, height = size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
+    size = check(args, settings, pairs, accelerator.num_processes)
+    if accelerator.is_main_process:
+        dsd.open_out(args.out, {"step": "finetune", **settings, "model": dsd.name_of(args.model),
+                                "pairs": dsd.file_digest(args.pairs / "metadata.jsonl")}, FILES, args.overwrite)
+        for folder in ("cache", "validation"):
+            (args.out / folder).mkdir(exist_ok=True)
 
     # phase 1: encode, then drop the encoders
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None)
-    if width % (2 * pipe.vae_scale_factor) or height % (2 * pipe.vae_scale_factor):
-        raise dsd.DsdError(f"{args.pairs}: pictures of {size} pixels; this model needs multiples of "
-                           f"{2 * pipe.vae_scale_factor}")
-    claim(args, settings, accelerator)
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None, **gpu.fit(args, "text_encoder_2"))
     if accelerator.is_main_process:
-        encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"])
-    accelerator.wait_for_everyone()
+        dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
+    accelerator.wait_for_everyone()  # for the folder
+    encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"], accelerator.process_index,
+                 accelerator.num_processes)
+    accelerator.wait_for_everyone()  # for all of the cache
     null_text = dsd.encode_prompts(pipe, [""])
     validate = make_validation(pipe, pairs, size, args, settings, accelerator)
     pipe.text_encoder = pipe.text_encoder_2 = None
 
     # phase 2: widen, add LoRA, train on tensors
     torch.manual_seed(settings["seed"])
-    pipe.transformer = load_transformer(args.model, settings, pipe.vae.dtype).to(accelerator.device)
-    cache = Cache(args.out / "cache", len(pairs))
-    latent_size = height // pipe.vae_scale_factor, settings["frames"] * width // pipe.vae_scale_factor  # canvas
-    seconds = train(pipe.transformer, cache, null_text, latent_size, settings, accelerator, args.out, validate)
+    pipe.transformer = load_transformer(args.model, settings)
+    latent_size = size[1] // pipe.vae_scale_factor, settings["frames"] * size[0] // pipe.vae_scale_factor  # canvas
+    seconds = train(pipe.transformer, Cache(args.out / "cache", pairs), null_text, latent_size, settings, accelerator,
+                    args.out, validate)
     if accelerator.is_main_process:
-        dsd.save_adapter(pipe.transformer, args.out, torch.float16 if dsd.device() == "cpu" else torch.bfloat16)
+        draw_losses(args.out)
         validate(settings["steps"])
-        memory = dsd.peak_memory()
+        dsd.save_adapter(pipe.transformer, args.out, torch.float16 if dsd.device() == "cpu" else torch.bfloat16)
         dsd.write_json(args.out / "summary.json", {"pairs": len(pairs), "steps": settings["steps"],
-                                                   "seconds_per_step": seconds, "peak_memory_gb": memory})
+                                                   "seconds_per_step": seconds, "peak_memory_gb": dsd.peak_memory()})
         print(f"adapter in {args.out}: {len(pairs)} pairs, {settings['steps']} steps, {seconds:.2f} s a step, peak memory "
-              f"{memory:.1f} GB; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+              f"{dsd.peak_memory():.1f} GB; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
-
-
-def claim(args, settings, accelerator):
-    """Write settings.json, or refuse a folder that holds a run with other settings or other pairs."""
-    digest = hashlib.sha256((args.pairs / "metadata.jsonl").read_bytes()).hexdigest()
-    settings, path = {**settings, "model": dsd.name_of(args.model), "pairs": digest}, args.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise dsd.DsdError(f"{args.out} holds a run with other settings or pairs; give another --out or delete it")
-    if accelerator.is_main_process:
-        for folder in ("cache", "validation"):
-            (args.out / folder).mkdir(parents=True, exist_ok=True)
-        dsd.write_json(path, settings)
 
 
 def make_validation(pipe, pairs, size, args, settings, accelerator):
@@ -313,13 +346,17 @@ def make_validation(pipe, pairs, size, args, settings, accelerator):
     return validate
 
 
-def load_transformer(model, settings, dtype):
+def load_transformer(model, settings):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it still is the teacher."""
-    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype, use_safetensors=True)
+    others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
+    transformer = dsd.load_pipeline(FluxControlPipeline, model, **others, **gpu.quantized(settings["quantize"], "transformer")
+                                    ).transformer
     dsd.add_lora(dsd.widen(transformer), settings["rank"])
     cast_training_params(transformer, torch.float32)
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
+    if settings["compile"]:
+        transformer.compile_repeated_blocks(fullgraph=True)
     return transformer.train()
 
 

@@ -1,6 +1,6 @@
 """Step 1 (paper section 3.1): the teacher draws grids of one subject in four settings.
 
-    python generate_grids.py                                      # the miniature: about 2 minutes on two CPU cores
+    python generate_grids.py                                      # the miniature: about 2 minutes on two CPU cores, 1 GB
     python generate_grids.py --model black-forest-labs/FLUX.1-dev # one CUDA GPU
     python generate_grids.py --prompts my_prompts.txt --count 40
     python generate_grids.py --llm Qwen/Qwen2.5-7B-Instruct       # a chat model invents the subjects and the settings
@@ -9,13 +9,15 @@ The four panels of a grid are one image: they attend to one another, so an unmod
 subject alike. Which of them really agree is the next step's question (curate.py).
 
 Writes to --out: a PNG a grid, `grids.jsonl` (a line a grid: file, prompt, panel prompts, subject, family, seed, model,
-settings) and `overview.png`. Stopped and started again with the same command, it goes on with the first missing grid.
+settings), `overview.png`, and with --llm every answer of the chat model, `subjects.jsonl`. Stopped and started again
+with the same command, it goes on with the first missing batch; with a larger --count it adds to what is there.
 """
 
-import argparse
+import itertools
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +26,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsd
+import gpu
+
+FILES = ["[0-9]*[0-9].png", "overview.png", "grids.jsonl", "subjects.jsonl", "*.part"]  # what this script writes
 
 # The grammar for a model whose folder brings none (FLUX.1). A panel's prompt is one choice from each list of `panel`.
 GRAMMAR = {
@@ -76,19 +81,22 @@ def grid_prompt(grammar, family, subject, scene, settings, panel_prompts):
 def file_prompts(path, grammar):
     """Grids from a file: a line is "subject | setting | setting | setting | setting", blank lines are skipped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise dsd.DsdError(f"--prompts {path}: {error}; give a UTF-8 text file") from None
-    grids = []
+        raise dsd.DsdError(f"--prompts {path}: {dsd.one_line(error)}; give a UTF-8 text file") from None
+    grids = {}
     for number, line in enumerate(lines, 1):
-        parts = [part.strip() for part in line.split("|")]
-        if line.strip() and (len(parts) != 5 or not all(parts)):
-            raise dsd.DsdError(f"{path}, line {number}: wanted \"subject | setting | setting | setting | setting\"")
-        if line.strip():
-            grids.append(grid_prompt(grammar, "subject", parts[0], "", parts[1:], [f"{parts[0]} {p}" for p in parts[1:]]))
+        if line in grids:
+            print(f"{path}, line {number}: there already, left out", file=sys.stderr)
+        elif line:
+            subject, *settings = parts = [part.strip() for part in dsd.check_text(line, f"{path}, line {number}").split("|")]
+            if len(parts) != 5 or not all(parts):
+                raise dsd.DsdError(f"{path}, line {number}: wanted \"subject | setting | setting | setting | setting\"")
+            grids[line] = grid_prompt(grammar, "subject", subject, "", settings, [f"{subject} {s}" for s in settings])
     if not grids:
         raise dsd.DsdError(f"--prompts {path}: no prompt in it")
-    return grids
+    return list(grids.values())
 
 
 def parse_llm(answer):
@@ -96,115 +104,145 @@ def parse_llm(answer):
     try:
         found = json.loads(re.search(r"\{.*\}", answer, re.DOTALL).group())
         subject, settings = found["subject"].strip(), [s.strip() for s in found["settings"]]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     good = 0 < len(subject.split()) <= 12 and len(settings) == 4 and len({s.lower() for s in settings}) == 4
     return (subject, settings) if good and all(0 < len(s.split()) <= 15 for s in settings) else None
 
 
-def llm_prompts(name, grammar, count, seed, references=REFERENCES):
-    """`count` grids invented by a chat model, one after another; unusable and repeated answers are counted."""
+def ask_llm(name, path, seed, quantize="none", references=REFERENCES):
+    """Yield a chat model's answers without end: first those that `path` holds, then new ones, which are added there."""
+    old = dsd.read_records(path, answer=str)
+    yield from (record["answer"] for record in old)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype="auto").to(dsd.device())
+        model = gpu.language_model(AutoModelForCausalLM, name, quantize, "auto")
     except Exception as error:  # no such folder, another kind of model, no chat template: many kinds, one answer
         raise dsd.DsdError(f"--llm {name}: not a chat model that can be loaded: {dsd.one_line(error)}") from None
-    grids, subjects, rejected, draw = [], set(), 0, random.Random(seed)
-    torch.manual_seed(seed)
-    bar = tqdm(total=count, desc="subjects")
-    while len(grids) < count:
-        request = LLM_REQUEST.format(references="; ".join(draw.sample(references, min(3, len(references)))))
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True,
-                                               return_dict=True, return_tensors="pt").to(model.device)
+    for attempt in itertools.count(len(old)):
+        torch.manual_seed(seed * 1_000_003 + attempt)  # an answer depends on its number, not on how often we stopped
+        some = random.Random(seed * 1_000_003 + attempt).sample(references, min(3, len(references)))
+        request = [{"role": "user", "content": LLM_REQUEST.format(references="; ".join(some))}]
+        inputs = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=True,
+                                               return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=1.0)
-        found = parse_llm(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-        if found and found[0].lower() not in subjects:
-            subjects.add(found[0].lower())
-            grids.append(grid_prompt(grammar, "subject", found[0], "", found[1], [f"{found[0]} {s}" for s in found[1]]))
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        dsd.append_records(path, [{"answer": answer}])
+        yield answer
+
+
+def llm_prompts(name, answers, grammar, count):
+    """`count` grids from a chat model's answers; unusable and repeated ones are counted."""
+    grids, rejected, bar = {}, 0, tqdm(total=count, desc="subjects")
+    while len(grids) < count:
+        found = parse_llm(next(answers))
+        if found and found[0].lower() not in grids:
+            subject, settings = found
+            grids[subject.lower()] = grid_prompt(grammar, "subject", subject, "", settings,
+                                                 [f"{subject} {s}" for s in settings])
             bar.update()
-        else:
-            rejected += 1
-            if rejected > 20 + 3 * len(grids):
-                raise dsd.DsdError(f"--llm {name}: {rejected} answers could not be used, {len(grids)} could; take "
-                                   "a larger chat model, or --prompts")
+            continue
+        rejected += 1
+        if rejected > 20 + 3 * len(grids):
+            raise dsd.DsdError(f"--llm {name}: {rejected} answers could not be used, {len(grids)} could; take "
+                               "a larger chat model, or --prompts")
     print(f"{name}: {len(grids)} subjects, {rejected} answers rejected")
-    return grids
+    return list(grids.values())
 
 
-def plan(args, settings, grammar):
-    """Every grid of this run, in order: what to draw and with which seed."""
-    if args.llm and args.prompts:
-        raise dsd.DsdError("--llm and --prompts exclude each other; give one of them")
-    if args.prompts:
-        grids = file_prompts(args.prompts, grammar)
-        count = settings["count"] if args.count else len(grids)
-        grids = [grids[i % len(grids)] for i in range(count)]
+def plan(args, settings, listed):
+    """Every grid of this run, in order: what to draw and with which seed. `listed`: the grids of --prompts, or None."""
+    seed, grammar, count = settings["seed"] * 1_000_003, settings["grammar"], settings["count"]
+    if listed:
+        grids = [listed[i % len(listed)] for i in range(count if args.count else len(listed))]
     elif args.llm:
-        grids = llm_prompts(args.llm, grammar, settings["count"], args.seed)
+        answers = ask_llm(args.llm, args.out / "subjects.jsonl", settings["seed"], args.quantize)
+        grids = llm_prompts(args.llm, answers, grammar, count)
     else:
         families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
-        grids = [grammar_prompts(grammar, families, args.seed * 1_000_003 + i) for i in range(settings["count"])]
-    common = {"model": dsd.name_of(args.model), "rows": 2, "columns": 2,
-              "settings": {k: v for k, v in settings.items() if k not in ("count", "batch_size", "grammar")}}
-    return [{"file": f"{i:06d}.png", **grid, "seed": args.seed * 1_000_003 + i, **common} for i, grid in enumerate(grids)]
+        grids = [grammar_prompts(grammar, families, seed + i) for i in range(count)]
+    common = {"model": dsd.name_of(args.model), "rows": 2, "columns": 2, "settings": {
+        name: settings[name] for name in ("steps", "panel", "width", "height", "guidance_scale", "true_cfg_scale")}}
+    return [{"file": f"{i:06d}.png", **grid, "seed": seed + i, **common} for i, grid in enumerate(grids)]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 def draw_grids(pipe, grids, settings):
     """A batch of grids through the stock pipeline. Every grid has its own generator: batches do not change it."""
+    width, height = (2 * settings.get(side, settings["panel"]) for side in ("width", "height"))
     return pipe(
         [grid["prompt"] for grid in grids], negative_prompt=[""] * len(grids),
         true_cfg_scale=settings["true_cfg_scale"], guidance_scale=settings["guidance_scale"],
-        width=2 * settings["panel"], height=2 * settings["panel"], num_inference_steps=settings["steps"],
+        width=width, height=height, num_inference_steps=settings["steps"],
         max_sequence_length=dsd.prompt_tokens(pipe),
         generator=[torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids]).images
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = dsd.Parser(__doc__)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--model", default=dsd.MINIATURE / "flux", help="FLUX folder or hub name (default: the miniature)")
     add("--out", type=Path, default="runs/grids", help="where the grids go (default: %(default)s)")
     add("--count", type=int, help="how many grids (default: the model's dsd.json, else 100)")
     add("--family", choices=["both", "subject", "relight"], default="both",
         help="subject: new settings; relight: one scene in other light; both: two to one")
-    add("--prompts", help="text file, a line a grid: subject | setting | setting | setting | setting")
-    add("--llm", help="chat model (folder or hub name) that invents subjects and settings")
-    add("--seed", type=int, default=0)
+    source("--prompts", help="text file, a line a grid: subject | setting | setting | setting | setting")
+    source("--llm", help="chat model (folder or hub name) that invents subjects and settings")
+    add("--seed", type=int)
     add("--batch_size", type=int, help="grids drawn together; changes speed and memory, not the grids")
     add("--steps", type=int, help="Euler steps of the sampler")
     add("--guidance_scale", type=float, help="distilled guidance, for models that have it")
     add("--true_cfg_scale", type=float, help="prompt guidance with a second pass; 1 is off")
     add("--panel", type=int, help="side of a panel in pixels")
-    return parser.parse_args()
+    add("--width", type=int, help="of a panel that is not square")
+    add("--height", type=int, help="of a panel that is not square")
+    gpu.add_flags(parser, offload=True)
+    args = parser.parse_args()
+    settings = dsd.model_settings(args.model, "generate_grids", args, count=100, batch_size=1, steps=28, panel=512,
+                                  guidance_scale=3.5, true_cfg_scale=1.0, seed=0, grammar=GRAMMAR)
+    sides = dict.fromkeys(["width", "height"], settings["panel"])
+    settings |= dsd.model_settings(args.model, "generate_grids", args, **sides)
+    return args, settings
 
 
 def main():
-    args = parse_args()
-    settings = dsd.model_settings(args.model, "generate_grids", args, count=100, batch_size=1, steps=28, panel=512,
-                                  guidance_scale=3.5, true_cfg_scale=1.0, grammar=GRAMMAR)
-    if min(settings["count"], settings["steps"], settings["batch_size"]) < 1:
-        raise dsd.DsdError("--count, --steps and --batch_size must be at least 1")
-    grids = plan(args, settings, settings["grammar"])  # before the pipeline: a chat model needs its memory
+    args, settings = parse_args()
+    gpu.check(args, ["transformer", "text encoders"], args.llm)
+    dsd.check_model(args.model, width=settings["width"], height=settings["height"])
+    listed = file_prompts(args.prompts, settings["grammar"]) if args.prompts else None
+    state = gpu.processes()
+    with state.main_process_first():  # the others find the folder made, and a chat model's answers in it
+        if state.is_main_process:
+            dsd.open_out(args.out, {
+                "step": "generate_grids", "model": dsd.name_of(args.model), "family": args.family, "llm": args.llm,
+                "quantize": args.quantize, "prompts": args.prompts and dsd.file_digest(args.prompts),
+                **{name: value for name, value in settings.items() if name not in ("count", "batch_size")}},
+                FILES, args.overwrite)
+        grids = plan(args, settings, listed)  # before the pipeline: a chat model needs its memory
     done = dsd.read_records(args.out / "grids.jsonl")
-    if done != grids[:len(done)]:
-        raise dsd.DsdError(f"{args.out} holds grids of another run; give another --out or delete it")
-    pipe = dsd.load_pipeline(FluxPipeline, args.model)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if done[:len(grids)] != grids[:len(done)]:
+        raise dsd.DsdError(f"{args.out}/grids.jsonl does not say what this command draws; restore it or delete {args.out}")
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, **gpu.fit(args))
+    if state.is_main_process:
+        dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
 
-    bar, size = tqdm(total=len(grids), initial=len(done), desc="grids"), settings["batch_size"]
-    for start in range(len(done) // size * size, len(grids), size):  # the same batches after an interruption
-        batch = grids[start:start + size]
-        for grid, image in zip(batch, draw_grids(pipe, batch, settings)):
-            image.save(args.out / grid["file"])
-        new = batch[max(len(done) - start, 0):]
-        dsd.append_records(args.out / "grids.jsonl", new)
-        bar.update(len(new))
-    bar.close()
+    size, main = settings["batch_size"], state.is_main_process
+    together = size * state.num_processes  # each process draws one of these batches, the same after an interruption
+    for start in tqdm(range(0, len(grids), together), desc="grids", unit="batch", disable=not main):
+        first = start + size * state.process_index
+        batch = grids[first:first + size]
+        if batch and (first + len(batch) > len(done) or not all((args.out / g["file"]).exists() for g in batch)):
+            for grid, image in zip(batch, draw_grids(pipe, batch, settings)):
+                dsd.save_image(image, args.out / grid["file"])
+        state.wait_for_everyone()
+        if main and (new := grids[max(len(done), start):start + together]):
+            dsd.append_records(args.out / "grids.jsonl", new)
+    if not main:
+        return
     cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
     dsd.contact_sheet([cells[i:i + 6] for i in range(0, len(cells), 6)], args.out / "overview.png")
-    print(f"{len(grids)} grids in {args.out}; look at {args.out / 'overview.png'}")
+    print(f"{len(grids)} grids in {args.out}, peak memory {dsd.peak_memory():.1f} GB; look at {args.out / 'overview.png'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Step 4 (paper section 3.3): zero-shot. A reference and a prompt give the same subject in a new setting.
 
-    python sample.py                                        # the miniature's references and prompts: seconds
+    python sample.py                                        # the miniature's references and prompts: seconds, 1 GB
     python sample.py --image my_critter.png --prompt "a round horned critter in space at noon"
     python sample.py --image a.png b.png --prompt "..." "..." --seed 0 1 2 --image_guidance 1.5 --text_guidance 2
     python sample.py --model black-forest-labs/FLUX.1-dev --adapter FOLDER --image photo.jpg --prompt "..."
@@ -10,10 +10,11 @@ for the image's file name ("a {name} in space"). An image is cropped at its cent
 (FLUX: 512x512). Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if
 finetune.py has made one, else the one shipped with the model.
 
-Writes to --out: a PNG an image, its settings in the PNG's text fields, and `contact_sheet.png`, references on the left.
+Writes to --out: a PNG an image, its settings in the PNG's text fields, `contact_sheet.png`, references on the left, and
+with --enhance what the VLM saw, `details.jsonl`. Stopped and started again with the same command, it goes on with the
+first missing batch.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from tqdm import tqdm
 
 import curate
 import dsd
+import gpu
+
+FILES = ["[0-9]*[0-9].png", "contact_sheet.png", "details.jsonl", "*.part"]  # what this script writes
 
 
 def find_adapter(args, shipped):
@@ -30,10 +34,10 @@ def find_adapter(args, shipped):
     if args.adapter:
         return args.adapter
     own = Path("runs/adapter")
-    if (own / dsd.ADAPTER_FILE).exists():
-        if json.loads((own / "settings.json").read_text())["model"] == dsd.name_of(args.model):
+    if (own / dsd.ADAPTER_FILE).exists() and (own / "settings.json").exists():
+        if dsd.read_json(own / "settings.json").get("model") == dsd.name_of(args.model):
             return own
-    if shipped is None:
+    if not shipped:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
     return Path(args.model) / shipped
 
@@ -48,29 +52,24 @@ def find_references(args, shipped):
     return files
 
 
-def enhance(vlm, references, prompts):
-    """Prompts completed with what a vision-language model sees in the reference: {(file, prompt): longer prompt}."""
-    model, processor = curate.load_vlm(vlm)
-    details = curate.ask(model, processor, [[image] for image in references.values()], curate.DETAILS_QUESTION,
-                         batch_size=8, max_new_tokens=40)
-    for file, seen in zip(references, details):
-        print(f"{file}: {seen}")
-    return {(file, p): f"{name_subject(p, file)}, {seen}" for file, seen in zip(references, details) for p in prompts}
+def enhance(vlm, references, prompts, path, quantize="none"):
+    """Prompts completed with what a vision-language model sees in each reference: {(file, prompt): longer prompt}.
+
+    What it sees is kept in `path`, so that a run that goes on does not look again."""
+    seen = {record["image"]: record["details"] for record in dsd.read_records(path, image=str, details=str)}
+    waiting = [file for file in references if file not in seen]
+    model = curate.load_vlm(vlm, quantize) if waiting else None
+    for file in waiting:
+        seen[file], = curate.ask(*model, [[references[file]]], curate.DETAILS_QUESTION, batch_size=1, max_new_tokens=40)
+        dsd.append_records(path, [{"image": file, "details": seen[file]}])
+    for file in references:
+        print(f"{file}: {seen[file]}")
+    return {(file, p): f"{name_subject(p, file)}, {seen[file]}" for file in references for p in prompts}
 
 
 def name_subject(prompt, file):
     """`{name}` in a prompt stands for what the reference's file is called: "fluffy owl.png" -> "fluffy owl"."""
     return prompt.replace("{name}", Path(file).stem.replace("_", " "))
-
-
-def check_length(pipe, prompts):
-    """Warn of what FLUX's encoder will not read of a prompt: nothing is cut silently."""
-    limit = dsd.prompt_tokens(pipe)
-    for prompt in prompts:
-        ids = pipe.tokenizer_2(prompt).input_ids
-        if len(ids) > limit:
-            dropped = pipe.tokenizer_2.decode(ids[limit - 1:-1])
-            print(f"warning: the prompt has more than {limit - 1} tokens; not read: \"{dropped}\"")
 
 
 def draw_batch(pipe, batch, references, settings):
@@ -85,11 +84,11 @@ def save(image, path, case, settings):
     """A PNG that carries its own settings (`Image.open(path).text["dsd"]`)."""
     info = PngInfo()
     info.add_itxt("dsd", json.dumps({**case, "image": dsd.name_of(case["image"]), **settings}, ensure_ascii=False))
-    image.save(path, pnginfo=info)
+    dsd.save_image(image, path, pnginfo=info)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dsd.Parser(__doc__)
     add = parser.add_argument
     add("--image", nargs="+", type=Path, help="reference pictures (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
@@ -101,53 +100,58 @@ def parse_args():
     add("--guidance_scale", type=float, help="distilled guidance, for models that have it")
     add("--unguided_steps", type=int, help="first steps without image and text guidance")
     add("--steps", type=int, help="Euler steps")
-    add("--seed", nargs="+", type=int, default=[0], help="one or more")
+    add("--seed", nargs="+", type=int, help="one or more")
     add("--width", type=int, help="of the picture, in pixels")
     add("--height", type=int, help="of the picture, in pixels")
     add("--batch_size", type=int, help="pictures drawn together; changes speed and memory, not the pictures")
     add("--enhance", metavar="VLM", help="vision-language model (folder or hub name) that completes the prompt with the "
                                          "reference's details")
-    return parser.parse_args()
+    gpu.add_flags(parser, offload=True)
+    args = parser.parse_args()
+    settings = dsd.model_settings(args.model, "sample", args, steps=28, image_guidance=1.0, text_guidance=1.0,
+                                  guidance_scale=3.5, unguided_steps=2, width=512, height=512, batch_size=1, seed=[0])
+    shipped = dsd.model_settings(args.model, "sample", args, prompts=[""], references="", shipped_adapter="")
+    return args, settings, shipped
 
 
 def main():
-    args = parse_args()
-    found = dsd.model_settings(args.model, "sample", args, steps=28, image_guidance=1.0, text_guidance=1.0,
-                               guidance_scale=3.5, unguided_steps=2, width=512, height=512, batch_size=1,
-                               prompts=None, references=None, shipped_adapter=None)
-    shipped = {name: found.pop(name) for name in ("prompts", "references", "shipped_adapter")}
-    prompts = args.prompt or shipped["prompts"]
-    if not prompts:
-        raise dsd.DsdError("give a prompt: --prompt \"...\"")
-    if min(found[name] for name in ("steps", "batch_size", "width", "height")) < 1:
-        raise dsd.DsdError("--steps, --batch_size, --width and --height must be at least 1")
-    references = {str(file): dsd.fit_panel(dsd.open_image(file), found["width"], found["height"])
+    args, settings, shipped = parse_args()
+    gpu.check(args, ["transformer", "text encoders"], args.enhance)
+    dsd.check_model(args.model, width=settings["width"], height=settings["height"])
+    prompts = [dsd.check_text(prompt, "--prompt") for prompt in args.prompt or shipped["prompts"]]
+    references = {str(file): dsd.fit_panel(dsd.open_image(file), settings["width"], settings["height"])
                   for file in find_references(args, shipped["references"])}
-    texts = enhance(args.enhance, references, prompts) if args.enhance else {}
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model)
-    unit = 2 * pipe.vae_scale_factor
-    if found["width"] % unit or found["height"] % unit:
-        raise dsd.DsdError(f"--width and --height must be multiples of {unit} for this model")
-    adapter = find_adapter(args, shipped["shipped_adapter"])
-    dsd.load_adapter(pipe, adapter)
-
+    adapter, size, seeds = find_adapter(args, shipped["shipped_adapter"]), settings.pop("batch_size"), settings.pop("seed")
     names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}
+    state = gpu.processes()
+    with state.main_process_first():  # the others find the folder made, and what a --enhance model saw in it
+        if state.is_main_process:
+            dsd.open_out(args.out, {
+                "step": "sample", **names, "adapter_sha256": dsd.file_digest(dsd.adapter_file(adapter)), "prompts": prompts,
+                "images": {file: dsd.file_digest(file) for file in references}, "seeds": seeds, "enhance": args.enhance,
+                "quantize": args.quantize, **settings}, FILES, args.overwrite)
+        texts = enhance(args.enhance, references, prompts, args.out / "details.jsonl", args.quantize) if args.enhance else {}
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, **gpu.fit(args))
+    dsd.load_adapter(pipe, adapter)
     cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, **names}
-             for file in references for p in prompts for seed in args.seed]
-    check_length(pipe, dict.fromkeys(case["text"] for case in cases))
-    args.out.mkdir(parents=True, exist_ok=True)
-    size, images = found.pop("batch_size"), []
-    for start in tqdm(range(0, len(cases), size), desc="sample"):
-        images += draw_batch(pipe, cases[start:start + size], references, found)
-    for i, (image, case) in enumerate(zip(images, cases)):
-        save(image, args.out / f"{i:04d}.png", case, found)
+             for file in references for p in prompts for seed in seeds]
+    if state.is_main_process:
+        dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
 
-    per_file = len(cases) // len(references)
-    rows = [[(image, "reference")] + [(images[k], f"{cases[k]['text']} (seed {cases[k]['seed']})")
-                                      for k in range(r * per_file, (r + 1) * per_file)]
-            for r, image in enumerate(references.values())]
+    paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
+    parts = [slice(i, i + size) for i in range(0, len(cases), size)][state.process_index::state.num_processes]
+    for part in tqdm(parts, desc="sample", unit="batch", disable=not state.is_main_process):
+        if not all(path.exists() for path in paths[part]):  # the same batches after an interruption
+            for image, path, case in zip(draw_batch(pipe, cases[part], references, settings), paths[part], cases[part]):
+                save(image, path, case, settings)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    rows = [[(image, "reference")] + [(dsd.open_image(path), f"{case['text']} (seed {case['seed']})")
+                                      for path, case in zip(paths, cases) if case["image"] == file]
+            for file, image in references.items()]
     dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-    print(f"{len(cases)} pictures in {args.out} with the adapter {names['adapter']}; "
+    print(f"{len(cases)} pictures in {args.out} with the adapter {names['adapter']}, peak memory {dsd.peak_memory():.1f} GB; "
           f"look at {args.out / 'contact_sheet.png'}")
 
 

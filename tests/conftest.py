@@ -1,5 +1,6 @@
 """What the tests share: a model folder, pairs to train on, and ways to run the scripts."""
 
+import collections
 import json
 import os
 import subprocess
@@ -19,6 +20,14 @@ from PIL import Image  # noqa: E402
 import dsd  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
+
+COUNTS = collections.Counter()  # what was tried, for the README's "What it withstands"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        terminalreporter.write_line("tried: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items())))
+
 
 PART_WEIGHTS = ["transformer", "vae", "text_encoder", "text_encoder_2"]
 

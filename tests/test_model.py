@@ -245,7 +245,7 @@ def test_sample_equals_the_unmodified_control_pipeline_within_one_grey_level(flu
     for image, reference, prompt, seed in zip(ours, references, PROMPTS, (5, 6)):
         theirs = stock(prompt, control_image=dsd.build_grid([reference, noise_image(32, 32).point(lambda v: 0)], 1, 2),
                        height=32, width=64, num_inference_steps=SETTINGS["steps"],
-                       guidance_scale=SETTINGS["guidance_scale"], max_sequence_length=dsd.prompt_tokens(stock),
+                       guidance_scale=SETTINGS["guidance_scale"], max_sequence_length=dsd.prompt_tokens(conditioned),
                        generator=torch.Generator("cpu").manual_seed(seed)).images[0]
         assert theirs.size == (64, 32) and difference(image, theirs.crop((32, 0, 64, 32))) <= 1
     assert difference(*ours) > 10

@@ -1,11 +1,9 @@
-"""The four scripts as a user runs them, at tiny settings: what they write, interruption, determinism, several processes."""
+"""The four scripts as a user runs them, at tiny settings: what they write, determinism, several processes."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import generate_grids
 import pytest
@@ -25,24 +23,13 @@ import sample
 
 TINY_GRIDS = ["--count", 6, "--steps", 4, "--batch_size", 2]
 TINY_TRAINING = ["--steps", 12, "--rank", 4, "--batch_size", 2, "--save_every", 4, "--ema", .9]
+TINY_SAMPLES = ["--steps", 3, "--seed", 0, 1, "--prompt", "a {name} in space at noon", "a critter in a cave",
+                "--text_guidance", 2]
 
 
 def pictures(folder):
     """The PNG files of a folder: {name: bytes}."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def kill_when(lines, file, *run, cwd):
-    """Start a script, kill it (no chance to clean up) as soon as `file` has so many lines, and return their number."""
-    process = subprocess.Popen(command(*run), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
-            time.sleep(.002)
-        assert process.poll() is None, "it ended before it could be killed"
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return file.read_bytes().count(b"\n")
 
 
 # ---- the chain, each script in a process of its own ------------------------------------------------------------------
@@ -80,9 +67,7 @@ def reference(tmp_path_factory):
 def sample_run(finetune_run, reference, flux):
     """sample.py with the adapter just trained, found by itself: (folder, its stdout)."""
     folder, _ = finetune_run
-    return folder, run_script("sample.py", "--model", flux, "--image", reference, "--steps", 3, "--seed", 0, 1,
-                              "--prompt", "a {name} in space at noon", "a critter in a cave", "--text_guidance", 2,
-                              cwd=folder)[0]
+    return folder, run_script("sample.py", "--model", flux, "--image", reference, *TINY_SAMPLES, cwd=folder)[0]
 
 
 def test_generate_grids_writes_a_picture_and_a_record_for_each_grid(grids_run, flux):
@@ -154,37 +139,36 @@ def test_sample_writes_a_picture_for_each_prompt_and_seed_with_its_settings_insi
     assert "4 pictures" in out
 
 
-def test_the_same_sample_command_in_a_fresh_process_gives_the_same_bytes(sample_run, reference, flux, tmp_path):
-    folder, _ = sample_run
-    run_script("sample.py", "--model", flux, "--image", reference, "--steps", 3, "--seed", 0, 1, "--prompt",
-               "a {name} in space at noon", "a critter in a cave", "--text_guidance", 2, "--out", tmp_path, cwd=folder)
-    assert pictures(tmp_path) == pictures(folder / "runs" / "samples")
+def written(folder):
+    """What a script wrote: {name: bytes}, but for the lock and the measured times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock" and (folder.name, path.name) != ("adapter", "summary.json")}
 
 
-def test_a_finished_run_started_again_changes_nothing(finetune_run, grids_run, pairs, flux, call):
-    folder = finetune_run[0] / "runs"
-    adapter, log = load_file(folder / "adapter" / dsd.ADAPTER_FILE), (folder / "adapter" / "log.jsonl").read_bytes()
-    assert call(finetune, "--model", flux, "--pairs", pairs, *TINY_TRAINING, "--out", folder / "adapter")[0] == 0
-    again = load_file(folder / "adapter" / dsd.ADAPTER_FILE)  # the order of the file's metadata is not fixed
-    assert adapter.keys() == again.keys() and all(torch.equal(adapter[name], again[name]) for name in adapter)
-    assert (folder / "adapter" / "log.jsonl").read_bytes() == log
-    grids = pictures(folder / "grids"), (folder / "grids" / "grids.jsonl").read_bytes()
-    assert call(generate_grids, "--model", flux, *TINY_GRIDS, "--out", folder / "grids")[0] == 0
-    assert grids == (pictures(folder / "grids"), (folder / "grids" / "grids.jsonl").read_bytes())
+def test_the_same_commands_in_fresh_processes_give_the_same_bytes(
+        grids_run, curate_run, finetune_run, sample_run, reference, pairs, flux, vlm, tmp_path, monkeypatch):
+    """Grids, records, transcripts, adapter with its metadata, checkpoint, log, figures, pictures."""
+    runs = grids_run[0] / "runs"
+    first = {name: written(runs / name) for name in ("grids", "pairs", "adapter", "samples")}
+    monkeypatch.setenv("PYTHONHASHSEED", "77")  # another order of sets
+    run_script("generate_grids.py", "--model", flux, *TINY_GRIDS, cwd=tmp_path)
+    run_script("curate.py", "--vlm", vlm, cwd=tmp_path, code=curate_run[1])
+    run_script("finetune.py", "--model", flux, "--pairs", pairs, *TINY_TRAINING, cwd=tmp_path)
+    run_script("sample.py", "--model", flux, "--image", reference, *TINY_SAMPLES, cwd=tmp_path)
+    assert {name: written(tmp_path / "runs" / name) for name in first} == first
 
 
-# ---- interruption ----------------------------------------------------------------------------------------------------
-def test_generate_grids_killed_and_started_again_writes_the_same_bytes(grids_run, flux, tmp_path):
-    run = ["generate_grids.py", "--model", flux, *TINY_GRIDS, "--out", tmp_path]
-    assert kill_when(2, tmp_path / "grids.jsonl", *run, cwd=tmp_path) < 6
-    with open(tmp_path / "grids.jsonl", "a") as file:
-        file.write('{"file": "0000')  # and a line was torn
-    assert "half-written" in run_script(*run, cwd=tmp_path)[1]
-    whole = grids_run[0] / "runs" / "grids"
-    assert pictures(tmp_path) == pictures(whole)
-    assert (tmp_path / "grids.jsonl").read_bytes() == (whole / "grids.jsonl").read_bytes()
+def test_a_finished_run_started_again_changes_nothing(grids_run, finetune_run, sample_run, pairs, reference, flux, call,
+                                                      monkeypatch):
+    monkeypatch.chdir(grids_run[0])
+    before = {name: written(grids_run[0] / "runs" / name) for name in ("grids", "adapter", "samples")}
+    for module, *args in ((generate_grids, *TINY_GRIDS), (finetune, "--pairs", pairs, *TINY_TRAINING),
+                          (sample, "--image", reference, *TINY_SAMPLES)):
+        assert call(module, "--model", flux, *args)[0] == 0
+    assert {name: written(grids_run[0] / "runs" / name) for name in before} == before
 
 
+# ---- interruption (test_interruption.py kills the scripts) -----------------------------------------------------------
 def test_grids_lost_from_a_batch_are_drawn_again_in_the_same_batch(flux, tmp_path, call):
     run = [generate_grids, "--model", flux, "--count", 4, "--steps", 2, "--batch_size", 4, "--out", tmp_path]
     assert call(*run)[0] == 0
@@ -194,19 +178,6 @@ def test_grids_lost_from_a_batch_are_drawn_again_in_the_same_batch(flux, tmp_pat
         (tmp_path / f"{i:06d}.png").unlink()
     assert call(*run)[0] == 0
     assert pictures(tmp_path) == before and (tmp_path / "grids.jsonl").read_bytes() == records
-
-
-def test_finetune_killed_and_started_again_gives_the_same_adapter_and_an_unbroken_log(finetune_run, pairs, flux, tmp_path):
-    """The uninterrupted run is the chain's: the same command in another process."""
-    run = ["finetune.py", "--model", flux, "--pairs", pairs, *TINY_TRAINING, "--out", tmp_path]
-    assert kill_when(6, tmp_path / "log.jsonl", *run, cwd=tmp_path) < 12
-    assert (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / dsd.ADAPTER_FILE).exists()
-    run_script(*run, cwd=tmp_path)
-    whole, killed = (load_file(folder / dsd.ADAPTER_FILE) for folder in (finetune_run[0] / "runs" / "adapter", tmp_path))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    log = dsd.read_records(tmp_path / "log.jsonl")
-    assert [r["step"] for r in log] == list(range(12))
-    assert log == dsd.read_records(finetune_run[0] / "runs" / "adapter" / "log.jsonl")
 
 
 # ---- several processes, options --------------------------------------------------------------------------------------
@@ -258,9 +229,9 @@ class Process:
 def test_logged_loss_is_the_weighted_mean_over_the_accumulated_batches_computed_by_hand(pipe, pairs, flux, tmp_path, call):
     _, log = finetuned(call, pairs, flux, tmp_path, "--accumulate", 3, "--frame_weights", 1, 3)
     settings = json.loads((tmp_path / "settings.json").read_text())
-    cache, frames = finetune.Cache(tmp_path / "cache", 8), []
+    cache, frames = finetune.Cache(tmp_path / "cache", finetune.read_pairs(pairs)), []
     for micro in range(3):
-        x_0, eps, sigma, _, *text = finetune.draw(cache, dsd.encode_prompts(pipe, [""]), settings, 0, micro, Process())
+        _, x_0, eps, sigma, _, *text = finetune.draw(cache, dsd.encode_prompts(pipe, [""]), settings, 0, micro, Process())
         x_sigma = (1 - sigma.view(-1, 1, 1)) * x_0 + sigma.view(-1, 1, 1) * eps
         error = predict(pipe.transformer, x_sigma, sigma, text, dsd.position_ids(8, 16)) - (eps - x_0)
         error = dsd.unpack(error ** 2, 8, 16)  # at the first step the student still is the teacher
@@ -279,7 +250,7 @@ def test_training_that_diverges_is_an_error_and_leaves_no_adapter(pairs, flux, t
 def test_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs, tmp_path):
     records = finetune.read_pairs(pairs)
     finetune.encode_pairs(pipe, records, pairs, (32, 32), tmp_path)
-    x_0, condition, (embeds, pooled) = finetune.Cache(tmp_path, len(records)).batch(torch.arange(8))
+    x_0, condition, (embeds, pooled) = finetune.Cache(tmp_path, records).batch(torch.arange(8))
     reference, target = (dsd.to_pixels([dsd.open_image(pairs / r[f"{side}_file_name"]) for r in records])
                          for side in ("reference", "target"))
     close = {"rtol": .01, "atol": .01}  # it keeps bfloat16
@@ -294,13 +265,15 @@ def test_the_training_batch_is_drawn_alike_however_many_processes_share_it(pipe,
     """And dropout, noise and noise levels with it."""
     records = finetune.read_pairs(pairs)
     finetune.encode_pairs(pipe, records, pairs, (32, 32), tmp_path)
-    cache, null_text = finetune.Cache(tmp_path, len(records)), dsd.encode_prompts(pipe, [""])
+    cache, null_text = finetune.Cache(tmp_path, records), dsd.encode_prompts(pipe, [""])
     settings = {"batch_size": 6, "seed": 0, "shift": 3.0, "condition_dropout": .4, "prompt_dropout": .4}
-    x_0, eps, sigma, condition, embeds, pooled = whole = finetune.draw(cache, null_text, settings, 5, 0, Process(0, 1))
+    drawn, *whole = finetune.draw(cache, null_text, settings, 5, 0, Process(0, 1))
+    x_0, eps, sigma, condition, embeds, pooled = whole
     parts = [finetune.draw(cache, null_text, settings, 5, 0, Process(i, 3)) for i in range(3)]
-    for k, tensor in enumerate(whole):
+    for k, tensor in enumerate(whole, 1):
         assert torch.equal(torch.stack([p[k] for p in parts], 1).flatten(0, 1), tensor)
-    assert not torch.equal(eps, finetune.draw(cache, null_text, settings, 6, 0, Process(0, 1))[1])
+    assert [pair for shares in zip(*(p[0] for p in parts)) for pair in shares] == drawn
+    assert not torch.equal(eps, finetune.draw(cache, null_text, settings, 6, 0, Process(0, 1))[2])
     dropped, unprompted = (condition == 0).all(2).all(1), (pooled == null_text[1]).all(1)
     assert 0 < dropped.sum() < 6 and 0 < unprompted.sum() < 6 and not torch.equal(dropped, unprompted)
 
@@ -365,9 +338,9 @@ def test_sample_enhances_prompts_with_what_a_vlm_sees(finetune_run, vlm, referen
 
 
 def test_sample_says_what_of_a_long_prompt_is_not_read(finetune_run, reference, flux, tmp_path, call):
-    _, out, _ = call(sample, "--model", flux, "--adapter", finetune_run[0] / "runs" / "adapter", "--image", reference,
+    _, _, err = call(sample, "--model", flux, "--adapter", finetune_run[0] / "runs" / "adapter", "--image", reference,
                      "--prompt", "red " * 70 + "hat", "a critter", "--steps", 1, "--out", tmp_path)
-    assert out.count("warning") == 1 and "red hat" in out
+    assert err.count("warning") == 1 and "red hat" in err
 
 
 # ---- curation with known answers -------------------------------------------------------------------------------------
@@ -430,7 +403,12 @@ ANSWER = ('{ "subject": "a red robot", "settings": [ "on a beach", "in the snow"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 
 
-def chat_model(folder, steps):
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    return make_chat_model(tmp_path_factory.mktemp("models") / "llm", 80)
+
+
+def make_chat_model(folder, steps):
     """A Llama of a few words that has learned for `steps` steps to answer every request with ANSWER."""
     words = ["<pad>", "</s>", "<unk>", "<answer>", *dict.fromkeys(ANSWER.split())]
     backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -457,23 +435,31 @@ def chat_model(folder, steps):
     return folder
 
 
-def test_a_chat_models_usable_answer_becomes_a_grid(flux, tmp_path, call):
-    llm = chat_model(tmp_path / "llm", 80)
-    code, out, err = call(generate_grids, "--model", flux, "--llm", llm, "--count", 1, "--steps", 1, "--out", tmp_path / "grids")
+def test_a_chat_models_usable_answer_becomes_a_grid(chat_model, flux, tmp_path, call):
+    code, out, err = call(generate_grids, "--model", flux, "--llm", chat_model, "--count", 1, "--steps", 1, "--out", tmp_path)
     assert code == 0, err
-    record, = dsd.read_records(tmp_path / "grids" / "grids.jsonl")
+    record, = dsd.read_records(tmp_path / "grids.jsonl")
     assert record["subject"] == "a red robot" and record["panel_prompts"][2] == "a red robot in a library"
     assert "second in the snow" in record["prompt"] and "1 subjects" in out
 
 
-def test_a_chat_model_that_repeats_itself_is_an_error_that_counts_its_answers(flux, tmp_path, call):
-    llm = chat_model(tmp_path / "llm", 80)
-    code, _, err = call(generate_grids, "--model", flux, "--llm", llm, "--count", 2, "--steps", 1, "--out", tmp_path / "grids")
-    assert code == 2 and "24 answers could not be used, 1 could" in err
+def test_a_chat_models_answers_are_kept_and_not_asked_for_again(chat_model, flux, tmp_path, call, monkeypatch):
+    run = [generate_grids, "--model", flux, "--llm", chat_model, "--count", 2, "--steps", 1, "--out", tmp_path]
+    (tmp_path / "subjects.jsonl").write_text("")
+    assert call(*run)[0] == 2  # a file of unknown origin
+    (tmp_path / "subjects.jsonl").unlink()
+    code, _, err = call(*run)
+    assert code == 2 and "24 answers could not be used, 1 could" in err  # it repeats itself
+    answers = dsd.read_records(tmp_path / "subjects.jsonl")
+    assert len(answers) == 25
+    dsd.write_records(tmp_path / "subjects.jsonl", [*answers[:3], {"answer": answers[0]["answer"].replace("robot", "fox")}])
+    monkeypatch.setattr(generate_grids.AutoModelForCausalLM, "from_pretrained", None)  # no model, no new answer
+    assert call(*run)[0] == 0
+    assert [r["subject"] for r in dsd.read_records(tmp_path / "grids.jsonl")] == ["a red robot", "a red fox"]
 
 
 def test_a_chat_model_without_any_usable_answer_is_an_error(flux, tmp_path, call):
-    llm = chat_model(tmp_path / "llm", 0)
+    llm = make_chat_model(tmp_path / "llm", 0)
     code, _, err = call(generate_grids, "--model", flux, "--llm", llm, "--count", 1, "--steps", 1, "--out", tmp_path / "grids")
     assert code == 2 and "21 answers could not be used, 0 could" in err and "Traceback" not in err
     assert not list(tmp_path.glob("grids/*.png"))
