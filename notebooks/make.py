@@ -81,9 +81,11 @@ def clean(notebook):
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 def execute(notebook):
-    """Runs a solution notebook in place, in `notebooks/` and without progress bars; returns how many blanks it tried."""
+    """Runs a solution notebook in place, in `notebooks/` and without progress bars.
+
+    Returns how many blanks it tried and the seconds of processor time that all of it took."""
     os.environ["TQDM_DISABLE"] = "1"
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
+    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(HERE)}})
     exercise, tried = None, 0
     with client.setup_kernel():
@@ -94,7 +96,10 @@ def execute(notebook):
                 try_blank(client, i, exercise.source, cell.source)
                 notebook.cells[i], exercise, tried = cell, None, tried + 1
             client.execute_cell(cell, i)
-    return tried
+        clock = nbformat.v4.new_code_cell("import time; print(time.process_time())")
+        last, seconds = notebook.cells[-1], client.execute_cell(clock, len(notebook.cells) - 1).outputs[0].text
+        notebook.cells[-1] = last
+    return tried, float(seconds)
 
 
 def try_blank(client, i, solution, check):
@@ -139,12 +144,13 @@ def main():
     for file in lessons(args.lessons):
         notebook, begun = nbformat.read(file, 4), time.time()
         if not args.derive:
-            tried = execute(notebook)
+            tried, seconds = execute(notebook)
             clean(notebook)
             keep_picture(notebook, HERE / "pictures" / f"{file.stem}.png")
             nbformat.write(notebook, file)
         nbformat.write(student(notebook), HERE / file.name)
-        done = "derived" if args.derive else f"{time.time() - begun:.0f} s, {tried} blanks tried"
+        done = "derived" if args.derive else (f"{time.time() - begun:.0f} s, {seconds:.0f} s of processor time, "
+                                              f"{tried} blanks tried")
         print(f"{file.stem}: {done}, {file.stat().st_size / 1e6:.2f} MB")
 
 
