@@ -36,7 +36,7 @@ class Judge:
         if not (Path(folder) / "config.json").exists():
             raise dsd.DsdError(f"no judge at {folder}; --judge takes a folder of a transformers image classifier")
         try:
-            model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True)
+            model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         except Exception as error:  # a cut file, another kind of model: many kinds, one answer
             raise dsd.DsdError(f"cannot load the judge {folder}: {dsd.one_line(error)}") from None
         self.model, self.labels = model.to(dsd.device()).eval(), {}
