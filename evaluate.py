@@ -15,7 +15,7 @@ so a judge (an image classifier that no other step uses) can say of each attribu
     pose    relighting only: correlation of luminance with the true relit rendering, 0 to 1 (see scores.py)
 A vision-language model scores CP and PF too, 0 to 4 each as in DreamBench++, divided by 4. A folder in DreamBench++'s
 layout (images/**/NN.jpg, captions/**/NN.txt: the subject's name, then a prompt a line) has the VLM's scores only.
-Intervals are 95 % bootstrap intervals over references. Memory with the miniature: 1.5 GB.
+Intervals are 95 % bootstrap intervals over references. Memory with the miniature: under 1 GB.
 
 Writes to --out: table.md, scores.json (every score), scatter.png, contact_sheet.png; rows/NAME/ with each row's pictures
 and its scores.jsonl (with the VLM's answers); ablations/NAME/, trained by finetune.py. Stopped and started again, it goes
