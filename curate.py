@@ -227,7 +227,8 @@ def read_transcripts(path, batches):
                            captions=dict)
     wanted = [(n, [i, j], batch[n]["prompt"]) for batch in batches for n, i, j in pairs_of(batch)]
     found = [(r["grid"], r["panels"], r["prompt"]) for r in old]
-    if wanted[:len(found)] != found[:len(wanted)]:
+    words = all(isinstance(text, str) for r in old for text in r["captions"].values())
+    if wanted[:len(found)] != found[:len(wanted)] or not words:
         raise dsd.DsdError(f"{path} is of other grids; restore it, give another --out, or delete its folder")
     ends = list(itertools.accumulate(len(pairs_of(batch)) for batch in batches))  # of each batch, in the file
     whole = sum(end <= len(old) for end in ends)

@@ -279,6 +279,8 @@ def check(args, settings, pairs, processes):
         raise dsd.DsdError(f"--rank {settings['rank']} is above the {channels} channels of this model's layers")
     if settings["batch_size"] % processes:
         raise dsd.DsdError(f"--batch_size must be a multiple of the {processes} processes")
+    if len(settings["frame_weights"]) != 2 or not any(settings["frame_weights"]):
+        raise dsd.DsdError("--frame_weights: two numbers, not both 0")
     if settings["ema"] >= 1:
         raise dsd.DsdError(f"--ema {settings['ema']}: the decay must be below 1")
     return width, height

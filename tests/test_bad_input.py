@@ -245,7 +245,7 @@ CASES = [  # script, what is wrong, arguments (later ones count), words that the
       for script, args, flag, value in (
           *((generate_grids, ["--model", FLUX], flag, value) for flag, value in (
               ("--steps", 0), ("--steps", -3), ("--steps", 1.5), ("--steps", "many"), ("--count", 0), ("--batch_size", -1),
-              ("--panel", 33), ("--panel", -32), ("--seed", -1), ("--seed", 10**30), ("--guidance_scale", "nan"),
+              ("--panel", -32), ("--seed", -1), ("--seed", 10**30), ("--guidance_scale", "nan"),
               ("--family", "twins"))),
           (curate, ["--grids", GRIDS], "--batch_size", 0), (curate, ["--grids", GRIDS], "--limit", -2),
           (curate, ["--grids", GRIDS], "--tolerance", -1), (curate, ["--grids", GRIDS], "--caption", "poem"),
@@ -255,6 +255,8 @@ CASES = [  # script, what is wrong, arguments (later ones count), words that the
           (sample, DRAW, "--steps", 0), (sample, DRAW, "--width", 0), (sample, DRAW, "--width", 33),
           (sample, DRAW, "--height", 35), (sample, DRAW, "--seed", -5), (sample, DRAW, "--image_guidance", "inf"),
           (sample, DRAW, "--batch_size", 0))),
+    (generate_grids, "panels that do not fit the patches", ["--model", FLUX, "--panel", 33], ["33 pixels", "multiples of"]),
+    (finetune, "frame weights of 0", [*TRAIN, "--frame_weights", 0, 0], ["--frame_weights"]),
     (finetune, "pictures that do not fit the patches", [*TRAIN, "--pairs", "odd"], ["36 pixels", "multiples of 8"]),
     (generate_grids, "two sources of prompts", ["--model", FLUX, "--prompts", "prompts.txt", "--llm", "x"], ["not allowed with"]),
     (generate_grids, "unknown option", ["--model", FLUX, "--color", "red"], ["--color"]),
@@ -431,7 +433,7 @@ def test_overwrite_replaces_a_run_and_leaves_what_is_not_its_own(flux, tmp_path,
 
 
 def test_a_run_that_wrote_nothing_yet_is_no_obstacle(flux, tmp_path, call, monkeypatch):
-    def fail(*args):
+    def fail(*args, **parts):
         raise dsd.DsdError("cannot load it")
     with monkeypatch.context() as patch:
         patch.setattr(dsd, "load_pipeline", fail)
@@ -452,7 +454,7 @@ def test_transcripts_that_cannot_be_read_are_refused_and_kept(one_grid, vlm, tmp
 
 
 def test_no_accepted_pair_says_so_and_what_to_change(one_grid, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(curate, "load_vlm", lambda name: (None, None))
+    monkeypatch.setattr(curate, "load_vlm", lambda *args: (None, None))
     monkeypatch.setattr(curate, "ask", lambda model, processor, cases, *rest: ["I cannot tell."] * len(cases))
     check(*call(curate, "--grids", one_grid, "--out", tmp_path)[::2], ["none of 6 pairs", "make more or better grids"])
     assert json.loads((tmp_path / "summary.json").read_text())["unparsable"] == 6  # counted and kept for reading

@@ -12,7 +12,7 @@ import random
 
 import pytest
 import torch
-from conftest import COUNTS, give_random_weights, noise_image, random_transformer
+from conftest import COUNTS, critter, give_random_weights, noise_image, random_transformer
 from test_model import stock_pipe
 
 import curate
@@ -21,7 +21,10 @@ import finetune
 
 
 def damage(data, draw):
-    """`data` with one to three random injuries: bytes changed, cut off, taken out, repeated, put in, set to zero."""
+    """`data` with one flipped bit, or one to three injuries: bytes changed, cut off, taken out, repeated, put in, set to zero."""
+    if draw.random() < .5:
+        place = draw.randrange(len(data))
+        return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1:]
     for _ in range(draw.randint(1, 3)):
         a, b = sorted((draw.randrange(len(data) + 1), draw.randrange(len(data) + 1)))
         near = min(b, a + draw.choice([1, 1, 2, 8, 64]))
@@ -37,6 +40,30 @@ def damage(data, draw):
     return data
 
 
+def bend(records, draw):
+    """JSON lines of `records`, in one of which a random value, at any depth, is another one or missing."""
+    records = copy.deepcopy(records)
+    place, key = draw.choice([(part, key) for record in records for part in parts(record) for key in part])
+    if draw.random() < .2:
+        del place[key]
+    else:
+        place[key] = draw.choice([None, True, -1, 0, 7.5, 10**40, float("nan"), float("inf"), "", " ", "../x.png", "\0", "\ud800",
+                                  "/etc/hostname", [], [[]], {}, {"a": 1}, ["x", "y"], "x" * 5000])
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def parts(value):
+    """A dictionary and all dictionaries in it."""
+    return [value, *(inner for v in value.values() if isinstance(v, dict) for inner in parts(v))]
+
+
+def injure(records, draw):
+    """JSON lines of `records`, wrong in their values or in their bytes."""
+    if draw.random() < .5:
+        return bend(records, draw)
+    return damage("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(), draw)
+
+
 def refused(load, *args):
     """What a loader returns, None if it refuses its input in one line; any other exception is a failure."""
     COUNTS["random corruptions"] += 1
@@ -50,7 +77,7 @@ def refused(load, *args):
 @pytest.mark.parametrize("kind", ["RGB", "P", "RGBA", "L"])
 def test_damaged_pictures_are_refused_or_hold_the_same_pixels(tmp_path, kind):
     draw, accepted = random.Random(kind), 0
-    noise_image(24, 16).convert(kind).save(tmp_path / "sound.png")
+    critter(7, [1, 0, 0]).convert(kind).save(tmp_path / "sound.png")  # in noise every flipped bit breaks the compression
     sound, data = dsd.open_image(tmp_path / "sound.png"), (tmp_path / "sound.png").read_bytes()
     for _ in range(100):
         (tmp_path / "damaged.png").write_bytes(damage(data, draw))
@@ -103,25 +130,24 @@ ASKED = [{"grid": 0, "panels": [i, j], "prompt": "a grid", "family": "subject", 
 
 def test_damaged_pairs_are_refused_or_name_pictures_inside_their_folder(tmp_path):
     draw = random.Random(2)
-    data = "".join(json.dumps({**PAIR, "prompt": f"critter {i}"}, ensure_ascii=False) + "\n" for i in range(4)).encode()
-    for _ in range(150):
-        (tmp_path / "metadata.jsonl").write_bytes(damage(data, draw))
+    records = [{**PAIR, "prompt": f"zwölf critters, {i}"} for i in range(4)]
+    for _ in range(200):
+        (tmp_path / "metadata.jsonl").write_bytes(injure(records, draw))
         for pair in refused(finetune.read_pairs, tmp_path) or []:
             assert isinstance(pair["prompt"], str) and pair["prompt"].strip()
-            with contextlib.suppress(dsd.DsdError):
-                path = dsd.inside(tmp_path, pair["target_file_name"])
-                assert path.resolve().is_relative_to(tmp_path.resolve())
+            for side in ("reference_file_name", "target_file_name"):
+                with contextlib.suppress(dsd.DsdError):
+                    assert dsd.inside(tmp_path, pair[side]).resolve().is_relative_to(tmp_path.resolve())
 
 
 def test_damaged_grids_and_transcripts_are_refused_or_make_whole_pairs(tmp_path):
     draw, args = random.Random(3), argparse.Namespace(grids=tmp_path, limit=None)
-    grids = "".join(json.dumps({**GRID, "file": f"{i:06d}.png"}) + "\n" for i in range(3)).encode()
-    asked = "".join(json.dumps(record) + "\n" for record in ASKED).encode()
-    for _ in range(100):
-        (tmp_path / "grids.jsonl").write_bytes(damage(grids, draw))
+    for _ in range(150):
+        (tmp_path / "grids.jsonl").write_bytes(injure([{**GRID, "file": f"{i:06d}.png"} for i in range(3)], draw))
         for grid in (refused(curate.read_grids, args) or {}).values():
-            assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8 and isinstance(grid["subject"], str)
-        (tmp_path / "transcripts.jsonl").write_bytes(damage(asked, draw))
+            assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8
+            assert all(isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family"))
+        (tmp_path / "transcripts.jsonl").write_bytes(injure(ASKED, draw))
         waiting, records = refused(curate.read_transcripts, tmp_path / "transcripts.jsonl", [{0: GRID}]) or ([], [])
         assert not records or (waiting == [] and [r["panels"] for r in records[:6]] == [r["panels"] for r in ASKED])
         assert all(isinstance(pair["prompt"], str) for pair in curate.metadata(records))
@@ -130,10 +156,9 @@ def test_damaged_grids_and_transcripts_are_refused_or_make_whole_pairs(tmp_path)
 def test_damaged_settings_are_refused_or_of_the_right_kind(tmp_path):
     draw = random.Random(4)
     defaults = {"steps": 20, "shift": 3.0, "precision": "no", "frame_weights": [1.0, 1.0], "gradient_checkpointing": False}
-    data = json.dumps({"finetune": defaults}).encode()
-    for _ in range(100):
-        (tmp_path / "dsd.json").write_bytes(damage(data, draw))
+    for _ in range(150):
+        (tmp_path / "dsd.json").write_bytes(injure([{"finetune": defaults}], draw))
         found = refused(lambda: dsd.model_settings(tmp_path, "finetune", argparse.Namespace(), **defaults))
         for name, value in (found or {}).items():
             assert isinstance(value, (int, float) if name == "shift" else type(defaults[name]))
-            assert name not in ("steps", "shift") or value >= 0
+            assert name not in ("steps", "shift") or 0 <= value < float("inf")

@@ -358,7 +358,7 @@ def scripted(model, processor, cases, question, *rest):
 @pytest.fixture
 def curated(grids_run, tmp_path, monkeypatch, call):
     """curate.py on the six grids with these answers."""
-    monkeypatch.setattr(curate, "load_vlm", lambda name: (None, None))
+    monkeypatch.setattr(curate, "load_vlm", lambda *args: (None, None))
     monkeypatch.setattr(curate, "ask", scripted)
     code, _, err = call(curate, "--grids", grids_run[0] / "runs" / "grids", "--tolerance", 0, "--out", tmp_path / "pairs")
     assert code == 0, err
