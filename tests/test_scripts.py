@@ -184,7 +184,8 @@ def test_grids_lost_from_a_batch_are_drawn_again_in_the_same_batch(flux, tmp_pat
 def test_two_processes_log_the_losses_of_one_process_on_the_same_global_batch(pairs, flux, tmp_path, call):
     run = ["--model", flux, "--pairs", pairs, "--steps", 4, "--rank", 4, "--batch_size", 4, "--precision", "no"]
     assert call(finetune, *run, "--out", tmp_path / "one")[0] == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", "0"]
     done = subprocess.run(launch + command("finetune.py", *run, "--out", "two")[1:], cwd=tmp_path, capture_output=True,
                           text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
