@@ -131,7 +131,7 @@ def command(script, *args):
 
 def run_script(script, *args, cwd, code=0):
     """A script in a process of its own; its exit code must be `code`. Returns (stdout, stderr)."""
-    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=1800)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
 

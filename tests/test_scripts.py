@@ -44,7 +44,7 @@ def grids_run(flux, tmp_path_factory):
 def curate_run(grids_run, vlm):
     """curate.py after it; whether a VLM of unknown quality accepts anything is open: (folder, exit code, stderr)."""
     folder, _ = grids_run
-    done = subprocess.run(command("curate.py", "--vlm", vlm), cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command("curate.py", "--vlm", vlm), cwd=folder, capture_output=True, text=True, timeout=1800)
     return folder / "runs" / "pairs", done.returncode, done.stderr
 
 
@@ -187,7 +187,7 @@ def test_two_processes_log_the_losses_of_one_process_on_the_same_global_batch(pa
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--main_process_port", "0"]
     done = subprocess.run(launch + command("finetune.py", *run, "--out", "two")[1:], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          text=True, timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (dsd.read_records(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 4
