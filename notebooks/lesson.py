@@ -35,7 +35,7 @@ atexit.register(_folder.cleanup)
 os.chdir(_folder.name)
 
 pyplot.rcParams.update({"font.size": 14, "figure.dpi": 75, "axes.titlesize": 15, "image.interpolation": "nearest"})
-PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for the seven parts of a critter
+PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for a critter
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def script(line):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def picture(image, place=None):
-    """Show a picture or a picture file, in 256 colours to keep the notebook small; in a `place`, instead of what is there."""
+    """Show a picture or a picture file, in 256 colours to stay small; in a `place`, instead of what is there."""
     image = image if isinstance(image, Image.Image) else Image.open(image)
     png = io.BytesIO()
     image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
@@ -159,13 +159,14 @@ def attention_maps():
 
 
 def heat(axis, image, weights, looking=None):
-    """A heat map of `weights` (rows, columns of tokens) over a grey image; the token `looking` (row, column) gets a frame."""
+    """A heat map of `weights` (rows, columns of tokens) over a grey image; `looking` (row, column) gets a frame."""
     weights = weights.float().cpu()
     axis.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=300)
     shade = axis.imshow(weights, cmap="autumn_r", vmin=0, alpha=0.9 * weights / weights.max(),
-                        extent=(0, image.width, image.height, 0))
+                        extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5))
     if looking is not None:
         unit, (row, column) = image.width / weights.shape[1], looking
-        axis.add_patch(pyplot.Rectangle((column * unit, row * unit), unit, unit, fill=False, color="blue", lw=4))
+        corner = column * unit - 0.5, row * unit - 0.5
+        axis.add_patch(pyplot.Rectangle(corner, unit, unit, fill=False, color="blue", lw=4))
     axis.set(xticks=[], yticks=[])
     pyplot.gcf().colorbar(pyplot.cm.ScalarMappable(shade.norm, shade.cmap), ax=axis, shrink=0.7, label="attention")

@@ -9,8 +9,8 @@ and `<!-- end -->`) becomes a blank. The first line of a cell may be a mark: `# 
 (shows what was to be predicted) lose their outputs in the student's copy, as the exercises do; the first picture that a
 `# picture` cell draws becomes `pictures/LESSON.png`, which the lesson opens with.
 
-A check that a blank would pass is worth nothing, so every run tries that as well: before a check, the exercise is run as the
-student gets it, and the check must fail.
+A check that a blank would pass is worth nothing, so every run tries that as well: before a check, the exercise is run as
+the student gets it, and the check must fail.
 """
 
 import argparse
