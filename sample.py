@@ -1,6 +1,6 @@
 """Step 4 (paper section 3.3): zero-shot. A reference and a prompt give the same subject in a new setting.
 
-    python sample.py                                        # the miniature's references and prompts: seconds, 1 GB
+    python sample.py                                        # the miniature's references and prompts: seconds, under 1 GB
     python sample.py --image my_critter.png --prompt "a round horned critter in space at noon"
     python sample.py --image a.png b.png --prompt "..." "..." --seed 0 1 2 --image_guidance 1.5 --text_guidance 2
     python sample.py --model black-forest-labs/FLUX.1-dev --adapter FOLDER --image photo.jpg --prompt "..."
