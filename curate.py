@@ -17,7 +17,10 @@ Stopped and started again with the same command, it goes on with the first batch
 transcripts.jsonl; grids added since are asked about too.
 """
 
+import array
+import collections
 import itertools
+import math
 import random
 import re
 import sys
@@ -180,20 +183,24 @@ def metadata(records):
 
 def summarise(records, pairs, args):
     """Counts over all pairs and by family."""
-    def count(rows):
-        verdicts = {v: sum(r["verdict"] == v for r in rows) for v in ("yes", "no", "unparsable")}
-        return {"asked": len(rows), "accept_rate": round(verdicts["yes"] / max(len(rows), 1), 4), **verdicts}
+    seen = collections.Counter((r["family"], r["verdict"]) for r in records)
+    families = sorted({family for family, _ in seen})
 
-    return {"grids": len({r["grid"] for r in records}), "training_pairs": len(pairs), **count(records),
-            "by_family": {f: count([r for r in records if r["family"] == f])
-                          for f in sorted({r["family"] for r in records})},
+    def count(*families):
+        verdicts = {v: sum(seen[f, v] for f in families) for v in ("yes", "no", "unparsable")}
+        asked = sum(verdicts.values())
+        return {"asked": asked, "accept_rate": round(verdicts["yes"] / max(asked, 1), 4), **verdicts}
+
+    return {"grids": sum(1 for _ in itertools.groupby(r["grid"] for r in records)), "training_pairs": len(pairs),
+            **count(*families), "by_family": {family: count(family) for family in families},
             "vlm": dsd.name_of(args.vlm), "caption": args.caption,
             "tolerance": args.tolerance}
 
 
-def sheet(records, out, name, seed, count=24):
-    """A contact sheet of some of the records: both panels side by side, the reason below."""
-    some = sorted(random.Random(seed).sample(range(len(records)), min(count, len(records))))
+def sheet(records, accepted, out, name, seed, count=24):
+    """A contact sheet of some of the accepted or of the other records: both panels side by side, the reason below."""
+    numbers = array.array("Q", (i for i, r in enumerate(records) if (r["verdict"] == "yes") == accepted))
+    some = sorted(random.Random(seed).sample(numbers, min(count, len(numbers))))
     cells = []
     for r in (records[i] for i in some):
         both = dsd.build_grid([dsd.open_image(out / panel_file(r["grid"], k)) for k in r["panels"]], 1, 2)
@@ -205,18 +212,17 @@ def sheet(records, out, name, seed, count=24):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def read_grids(args):
-    """The grids of --grids {line's number from 0: record}; one listed twice counts once."""
+    """The grids of --grids, (line's number from 0, record) each; one listed twice counts once."""
     path = args.grids / "grids.jsonl"
     if not path.exists():
         raise dsd.DsdError(f"no {path}; run generate_grids.py first, or say where its output is with --grids")
     records = dsd.read_records(path, file=str, prompt=str, subject=str, family=str, rows=int, columns=int)[:args.limit]
-    first = {record["file"]: n for n, record in reversed(list(enumerate(records)))}
-    grids = {n: record for n, record in enumerate(records) if first[record["file"]] == n}
-    if len(grids) < len(records):
-        print(f"{path}: {len(records) - len(grids)} grids are listed twice and count once", file=sys.stderr)
-    if not grids or not all(1 <= g["rows"] <= 8 and 1 <= g["columns"] <= 8 for g in grids.values()):
+    numbers = dsd.distinct(records, "file")
+    if not numbers or not all(1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8 for grid in records):
         raise dsd.DsdError(f"{path}: no grids, or not of 1 to 8 rows and columns; run generate_grids.py again")
-    return grids
+    if len(numbers) < len(records):
+        print(f"{path}: {len(records) - len(numbers)} grids are listed twice and count once", file=sys.stderr)
+    return dsd.Lazy(len(numbers), lambda i: (numbers[i], records[numbers[i]]))
 
 
 def read_transcripts(path, batches):
@@ -225,17 +231,19 @@ def read_transcripts(path, batches):
     Those of a batch that is not whole are taken out of the file: it is asked about again as if for the first time."""
     old = dsd.read_records(path, grid=int, panels=list, prompt=str, family=str, subject=str, verdict=str, reason=str,
                            captions=dict)
-    wanted = [(n, [i, j], batch[n]["prompt"]) for batch in batches for n, i, j in pairs_of(batch)]
-    found = [(r["grid"], r["panels"], r["prompt"]) for r in old]
+    whole = end = 0
     words = all(isinstance(text, str) for r in old for text in r["captions"].values())
-    if wanted[:len(found)] != found[:len(wanted)] or not words:
-        raise dsd.DsdError(f"{path} is of other grids; restore it, give another --out, or delete its folder")
-    ends = list(itertools.accumulate(len(pairs_of(batch)) for batch in batches))  # of each batch, in the file
-    whole = sum(end <= len(old) for end in ends)
-    kept = old[:ends[whole - 1]] if whole else []
-    if whole < len(batches) and len(kept) < len(old):
-        dsd.write_records(path, kept)
-    return batches[whole:], kept
+    for batch in batches:
+        wanted = [(n, [i, j], batch[n]["prompt"]) for n, i, j in pairs_of(batch)]
+        found = [(r["grid"], r["panels"], r["prompt"]) for r in old[end:end + len(wanted)]]
+        if wanted[:len(found)] != found or not words:
+            raise dsd.DsdError(f"{path} is of other grids; restore it, give another --out, or delete its folder")
+        if len(found) < len(wanted):
+            break
+        whole, end = whole + 1, end + len(wanted)
+    if whole < len(batches) and end < len(old):
+        dsd.write_records(path, old[:end])
+    return batches[whole:], old[:end]
 
 
 def parse_args():
@@ -262,8 +270,8 @@ def main():
     grids, source, path = read_grids(args), args.grids / "settings.json", args.out / "transcripts.jsonl"
     state = gpu.processes()
     main, each = state.is_main_process, state.num_processes
-    at_once, numbers = max(args.batch_size // 6, 1), list(grids)  # a 2x2 grid has six pairs
-    batches = [{n: grids[n] for n in numbers[i:i + at_once]} for i in range(0, len(numbers), at_once)]
+    at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
+    batches = dsd.Lazy(math.ceil(len(grids) / at_once), lambda i: dict(grids[i * at_once:(i + 1) * at_once]))
     with state.main_process_first():
         if main:
             dsd.open_out(args.out, {
@@ -271,22 +279,23 @@ def main():
                 "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
             (args.out / "images").mkdir(exist_ok=True)
         waiting, records = read_transcripts(path, batches)
-    model = load_vlm(args.vlm, args.quantize) if waiting else None
+    count, model = len(records), load_vlm(args.vlm, args.quantize) if waiting else None
     for start in tqdm(range(0, len(waiting), each), desc="curate", unit="batch", disable=not main):
         batch = dict(*waiting[start:start + each][state.process_index:state.process_index + 1])  # one for each process
         panels = {n: cut(grid, n, args.grids, args.out) for n, grid in batch.items()}
         new = gather_object(curate(batch, panels, model, args))  # of all processes, in the order of their batches
         if main:
             dsd.append_records(path, new)
-            records += new
+            count += len(new)
     if not main:
         return
-    pairs = list(metadata(records))
-    dsd.write_records(args.out / "metadata.jsonl", pairs)
+    records = dsd.read_records(path)[:count]
+    dsd.write_records(args.out / "metadata.jsonl", metadata(records))
+    pairs = dsd.read_records(args.out / "metadata.jsonl")
     summary = summarise(records, pairs, args)
     dsd.write_json(args.out / "summary.json", summary)
-    sheet([r for r in records if r["verdict"] == "yes"], args.out, "accepted.png", args.seed)
-    sheet([r for r in records if r["verdict"] != "yes"], args.out, "rejected.png", args.seed)
+    sheet(records, True, args.out, "accepted.png", args.seed)
+    sheet(records, False, args.out, "rejected.png", args.seed)
     if not pairs:
         raise dsd.DsdError(f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and "
                            "transcripts.jsonl); make more or better grids, try another --vlm or a higher --tolerance")

@@ -11,11 +11,15 @@ reference image (as condition tokens), `T` the prompt (as text embeddings).
 """
 
 import argparse
+import array
+import collections.abc
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
+import operator
 import os
 import resource
 import sys
@@ -441,7 +445,11 @@ def check_text(text, source):
 
 def warn_of_prompts(pipe, prompts):
     """Say on stderr what the text encoders will not read of each prompt: words beyond their limit, unknown words."""
-    for prompt in dict.fromkeys(prompts):
+    known = set()
+    for prompt in prompts:
+        if hash(prompt) in known:
+            continue
+        known.add(hash(prompt))
         for name, tokenizer, limit in (("CLIP", pipe.tokenizer, pipe.tokenizer.model_max_length),
                                        ("T5", pipe.tokenizer_2, prompt_tokens(pipe))):
             ids = tokenizer(prompt).input_ids
@@ -619,7 +627,8 @@ def read_json(path):
 
 def write_records(path, records):
     """Write a file of JSON lines whole."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    with writing(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def append_records(path, records):
@@ -642,25 +651,61 @@ def append_records(path, records):
             raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
 
 
-def read_records(path, **fields):
-    """The records of a JSON-lines file, [] if there is none. A half-written last line is left out, with a notice.
+class Lazy(collections.abc.Sequence):
+    """A list whose items are made when they are asked for: memory does not grow with their number."""
 
-    fields: name=type of what every record must have, or the file is refused."""
-    *lines, half = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
-    if half:
-        print(f"{path}: left out a half-written last line", file=sys.stderr)
-    records = []
+    def __init__(self, count, item):
+        self.items, self.item = range(count), item
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        found = self.items[index]
+        return Lazy(len(found), lambda i: self.item(found[i])) if isinstance(index, slice) else self.item(found)
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+
+def read_records(path, **fields):
+    """The records of a JSON-lines file, [] if there is none: all are checked now, and read again when asked for.
+
+    A half-written last line is left out, with a notice. fields: name=type of what every record must have, or the file is
+    refused."""
+    starts, lines = array.array("Q", [0]), open(path, "rb") if Path(path).exists() else io.BytesIO()
+
+    def record(i):
+        with open(path, "rb") as file:
+            file.seek(starts[i])
+            return json.loads(file.read(starts[i + 1] - starts[i]))
+
     for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            print(f"{path}: left out a half-written last line", file=sys.stderr)
+            break
         try:
-            record = json.loads(line.decode())
-            odd = [name for name, kind in fields.items() if not isinstance(record[name], kind)]
+            read = json.loads(line.decode())
+            odd = [name for name, kind in fields.items() if not isinstance(read[name], kind)]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             odd = [one_line(error)]
-        if odd or not isinstance(record, dict):
+        if odd or not isinstance(read, dict):
             reason = f" ({odd[0]})" if odd else ""
             raise DsdError(f"{path}, line {number}: not a record of this project{reason}; restore the file or make it again")
-        records.append(record)
-    return records
+        starts.append(starts[-1] + len(line))
+    lines.close()
+    return Lazy(len(starts) - 1, record)
+
+
+def distinct(records, *fields):
+    """The numbers of the records that are the first with these values."""
+    numbers, known = array.array("Q"), set()
+    for number, record in enumerate(records):
+        value = hash(tuple(record[name] for name in fields))  # the values themselves would take memory
+        if value not in known:
+            numbers.append(number)
+        known.add(value)
+    return numbers
 
 
 def inside(folder, name):

@@ -124,7 +124,7 @@ def run_row(row, cases, models, scorer, common):
     out, size = models.args.out / "rows" / row.folder, models.settings["batch_size"]
     options = {k: fingerprint(v) if k == "adapter" else v for k, v in row.options.items()}
     dsd.open_out(out, {"step": "evaluate", "row": row.name, "options": options, **common}, FILES, models.args.overwrite)
-    records = dsd.read_records(out / "scores.jsonl")
+    records = list(dsd.read_records(out / "scores.jsonl"))
     bar = tqdm(total=len(cases), initial=min(len(records), len(cases)), desc=row.name)
     for start, end in batches(cases, size, row.tuned):
         if end <= len(records):

@@ -48,7 +48,8 @@ def read_pairs(folder):
     records = dsd.read_records(path, reference_file_name=str, target_file_name=str, prompt=str)
     for number, record in enumerate(records, 1):
         dsd.check_text(record["prompt"], f"{path}, line {number}, prompt")
-    pairs = list({tuple(r[k] for k in ("reference_file_name", "target_file_name", "prompt")): r for r in records}.values())
+    numbers = dsd.distinct(records, "reference_file_name", "target_file_name", "prompt")
+    pairs = dsd.Lazy(len(numbers), lambda i: records[numbers[i]])
     if not pairs:
         raise dsd.DsdError(f"no pairs in {folder}; run curate.py first, or give --pairs")
     if len(pairs) < len(records):
@@ -92,18 +93,22 @@ class Cache:
     """The encoded pairs on disk, read a few at a time (memory does not grow with their number)."""
 
     def __init__(self, cache, pairs):
-        self.pairs, self.shards = pairs, []
-        for start in range(0, len(pairs), SHARD):
-            try:
-                self.shards.append(safe_open(cache / f"{start:08d}.safetensors", framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise dsd.DsdError(f"{cache}: {dsd.one_line(error)}; delete this folder, it is made again") from None
+        self.pairs, self.cache = pairs, cache
+        for i in range(0, len(pairs), SHARD):
+            self.shard(i)  # is it there?
+
+    def shard(self, i):
+        """The file that pair i is in, open for as long as it is used."""
+        try:
+            return safe_open(self.cache / f"{i - i % SHARD:08d}.safetensors", framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise dsd.DsdError(f"{self.cache}: {dsd.one_line(error)}; delete this folder, it is made again") from None
 
     def batch(self, indices):
         """x_0 and condition (B, N, 64), text = (embeds (B, L, D), pooled (B, P))."""
         rows = []
         for i in indices.tolist():
-            shard, k = self.shards[i // SHARD], i % SHARD
+            shard, k = self.shard(i), i % SHARD
             prompt = int(shard.get_slice("prompt")[k:k + 1])
             rows.append([shard.get_slice(name)[j:j + 1] for name, j in
                          (("x_0", k), ("condition", k), ("embeds", prompt), ("pooled", prompt))])
@@ -301,7 +306,7 @@ def main():
     # phase 1: encode, then drop the encoders
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None, **gpu.fit(args, "text_encoder_2"))
     if accelerator.is_main_process:
-        dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
+        dsd.warn_of_prompts(pipe, (pair["prompt"] for pair in pairs))
     accelerator.wait_for_everyone()  # for the folder
     encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"], accelerator.process_index,
                  accelerator.num_processes)

@@ -154,17 +154,19 @@ def llm_prompts(name, answers, grammar, count):
 def plan(args, settings, listed):
     """Every grid of this run, in order: what to draw and with which seed. `listed`: the grids of --prompts, or None."""
     seed, grammar, count = settings["seed"] * 1_000_003, settings["grammar"], settings["count"]
-    if listed:
-        grids = [listed[i % len(listed)] for i in range(count if args.count else len(listed))]
-    elif args.llm:
+    families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
+    if args.llm:
         answers = ask_llm(args.llm, args.out / "subjects.jsonl", settings["seed"], args.quantize)
-        grids = llm_prompts(args.llm, answers, grammar, count)
-    else:
-        families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
-        grids = [grammar_prompts(grammar, families, seed + i) for i in range(count)]
+        listed = llm_prompts(args.llm, answers, grammar, count)
+    if listed and not args.count:
+        count = len(listed)
     common = {"model": dsd.name_of(args.model), "rows": 2, "columns": 2, "settings": {
         name: settings[name] for name in ("steps", "panel", "width", "height", "guidance_scale", "true_cfg_scale")}}
-    return [{"file": f"{i:06d}.png", **grid, "seed": seed + i, **common} for i, grid in enumerate(grids)]
+
+    def grid(i):
+        drawn = listed[i % len(listed)] if listed else grammar_prompts(grammar, families, seed + i)
+        return {"file": f"{i:06d}.png", **drawn, "seed": seed + i, **common}
+    return dsd.Lazy(count, grid)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def main():
         raise dsd.DsdError(f"{args.out}/grids.jsonl does not say what this command draws; restore it or delete {args.out}")
     pipe = dsd.load_pipeline(FluxPipeline, args.model, **gpu.fit(args))
     if state.is_main_process:
-        dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
+        dsd.warn_of_prompts(pipe, (grid["prompt"] for grid in grids))
 
     size, main = settings["batch_size"], state.is_main_process
     together = size * state.num_processes  # each process draws one of these batches, the same after an interruption

@@ -144,7 +144,7 @@ def test_damaged_grids_and_transcripts_are_refused_or_make_whole_pairs(tmp_path)
     draw, args = random.Random(3), argparse.Namespace(grids=tmp_path, limit=None)
     for _ in range(150):
         (tmp_path / "grids.jsonl").write_bytes(injure([{**GRID, "file": f"{i:06d}.png"} for i in range(3)], draw))
-        for grid in (refused(curate.read_grids, args) or {}).values():
+        for _, grid in refused(curate.read_grids, args) or []:
             assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8
             assert all(isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family"))
         (tmp_path / "transcripts.jsonl").write_bytes(injure(ASKED, draw))
