@@ -175,8 +175,7 @@ def measure_vlm(args):
     wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
     subject = [score_in(a) for a in curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)]
     asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
-    prompt = [score_in(curate.ask(*model, [panel], question, 1, 100)[0])
-              for panel, (question, _) in tqdm(list(zip(panels, asked)), desc="prompt scores")]
+    prompt = [score_in(a) for a in curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)]
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),

@@ -86,7 +86,7 @@ def flux_settings():
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 192, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
+            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": {
                 "subject": opening.format("{subject}") + ": {panels}",
                 "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
@@ -94,8 +94,8 @@ def flux_settings():
                 "nouns": [subjects()],
                 "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
         "finetune": {
-            "steps": 700, "rank": 24, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
-            "save_every": 100, "validate_every": 300},
+            "steps": 1200, "rank": 16, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
+            "save_every": 100, "validate_every": 400},
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "width": PANEL, "height": PANEL,
             "prompts": [f"a {{name}} {world.setting(c)}" for c in ([7, 0, 3], [1, 1, 1], [0, 3, 2], [5, 2, 0])],
