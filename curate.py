@@ -58,7 +58,7 @@ FILES = ["images/*", "metadata.jsonl", "transcripts.jsonl", "summary.json", "acc
 def load_vlm(name, quantize="none"):
     """Model and processor of an image-text-to-text folder or hub name: bfloat16 on a GPU, float32 on a CPU."""
     path = Path(name)
-    if not (path / "config.json").exists() and (path.exists() or str(name).count("/") != 1 or path.parent.is_dir()):
+    if not (path / "config.json").exists() and not dsd.on_hub(name):
         raise dsd.DsdError(f"no vision-language model at {name}; give a transformers folder or a hub name")
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if dsd.device() == "cuda" else torch.float32

@@ -389,12 +389,16 @@ def device():
     return Parser.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_hub(model):
+    """True if `model` reads as a hub name, owner/name, and not as a folder here."""
+    path = Path(model)
+    return not path.exists() and str(model).count("/") == 1 and not path.parent.is_dir()
+
+
 def check_model(model, **sides):
     """Refuse, from its configuration files alone, a model that is no FLUX folder or hub name, and `sides` of a picture, in
     pixels, that do not fill its tokens. Returns how many channels the transformer's layers have."""
-    folder = Path(model)
-    hub = not folder.exists() and str(model).count("/") == 1 and not folder.parent.is_dir()  # owner/name
-    if not hub and not (folder / "model_index.json").exists():
+    if not on_hub(model) and not (Path(model) / "model_index.json").exists():
         raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
     try:
         kind = FluxPipeline.load_config(model)["_class_name"]

@@ -44,13 +44,13 @@ def check(args, flux=(), language=None):
         raise dsd.DsdError(f"--quantize {args.quantize} goes with --offload model or none")
     gb = [parameters * (BYTES[args.quantize] if cuda else 4) / 1e9 for parameters in flux_parameters(args, flux)]
     check_memory(getattr(args, "model", None), {"none": sum(gb), "model": max(gb, default=0)}.get(offload, 0), cuda)
-    if language and (size := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())) and not Path(language).exists():
+    if language and (size := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())) and dsd.on_hub(language):
         check_memory(language, float(size[1]) * (BYTES[args.quantize] if cuda else 4), cuda)
 
 
 def flux_parameters(args, parts):
     """How many parameters each part has; of a folder none is too many, since its owner has seen it."""
-    return [] if parts and Path(args.model).exists() else [FLUX_1[part] for part in parts]
+    return [FLUX_1[part] for part in parts if dsd.on_hub(args.model)]
 
 
 def check_memory(name, gb, cuda):

@@ -97,7 +97,8 @@ def flux_settings():
             "steps": 1200, "rank": 16, "batch_size": 16, "learning_rate": 1.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
             "save_every": 100, "validate_every": 400},
         "sample": {
-            "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "width": PANEL, "height": PANEL,
+            "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
+            "width": PANEL, "height": PANEL,
             "prompts": [f"a {{name}} {world.setting(c)}" for c in ([7, 0, 3], [1, 1, 1], [0, 3, 2], [5, 2, 0])],
             "references": "../references", "shipped_adapter": "../adapter"}}
 
