@@ -104,7 +104,7 @@ def measure_teacher(args):
     images = torch.cat([dsd.to_pixels(four) for four in panels]) / 2 + .5  # (4 count, 3, s, s)
     seen = Judge(args.judge)(images).view(args.count, 4, 10)
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
-    named = torch.tensor([[[values.index(word) for values, word in zip(lessons.VALUES, grid["subject"].split()[1:3])]] * 4
+    named = torch.tensor([[[values.index(word) for values, word in zip(lessons.VALUES, grid["panel_prompts"][0].split()[1:3])]] * 4
                           for grid in grids])  # shape and ears of "a round horned critter"
     pairs = list(itertools.combinations(range(4), 2))
     equal = torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)  # (count, 6, 7)

@@ -407,7 +407,7 @@ def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_half_written(nam
 
 def test_a_script_on_a_full_disk_goes_on_when_there_is_room(broken, flux, tmp_path, monkeypatch, call):
     monkeypatch.chdir(broken)
-    run = [generate_grids, "--model", flux, "--count", 3, "--steps", 1, "--batch_size", 1]
+    run = [generate_grids, "--model", flux, "--count", 20, "--steps", 1, "--batch_size", 1]  # the largest file: the overview
     assert call(*run, "--out", tmp_path / "whole")[0] == 0
     with room((tmp_path / "whole" / "overview.png").stat().st_size - 1):
         check(*call(*run, "--out", tmp_path / "full")[::2], ["overview.png", "make room"])

@@ -134,7 +134,7 @@ def test_sample_writes_a_picture_for_each_prompt_and_seed_with_its_settings_insi
     assert [(t["text"], t["seed"]) for t in told] == [
         (text, seed) for text in ("a round horned critter in space at noon", "a critter in a cave") for seed in (0, 1)]
     assert {t["image"] for t in told} == {str(reference)} and {t["adapter"] for t in told} == {"runs/adapter"}
-    assert {(t["steps"], t["image_guidance"], t["text_guidance"]) for t in told} == {(3, 1.0, 2.0)}
+    assert {(t["steps"], t["image_guidance"], t["text_guidance"]) for t in told} == {(3, 2.0, 2.0)}
     assert len(set(pictures(samples).values())) == 5
     assert "4 pictures" in out
 
@@ -453,9 +453,11 @@ def test_a_chat_models_answers_are_kept_and_not_asked_for_again(chat_model, flux
     assert code == 2 and "24 answers could not be used, 1 could" in err  # it repeats itself
     answers = dsd.read_records(tmp_path / "subjects.jsonl")
     assert len(answers) == 25
-    dsd.write_records(tmp_path / "subjects.jsonl", [*answers[:3], {"answer": answers[0]["answer"].replace("robot", "fox")}])
+    usable = next(a["answer"] for a in answers if generate_grids.parse_llm(a["answer"]))
+    dsd.write_records(tmp_path / "subjects.jsonl", [{"answer": usable}, {"answer": usable.replace("robot", "fox")}])
     monkeypatch.setattr(generate_grids.AutoModelForCausalLM, "from_pretrained", None)  # no model, no new answer
-    assert call(*run)[0] == 0
+    code, _, err = call(*run)
+    assert code == 0, err
     assert [r["subject"] for r in dsd.read_records(tmp_path / "grids.jsonl")] == ["a red robot", "a red fox"]
 
 
