@@ -132,10 +132,12 @@ def measure_teacher(args):
 
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
 def held_out_change(identity, count, generator):
-    """world.change_attributes, drawn again until the result is held out too."""
-    changed = world.change_attributes(identity, count, generator)
+    """world.change_attributes, drawn again until the result is held out too. A few identities have no held-out neighbour
+    at one attribute's distance: after 300 draws two attributes change."""
+    changed, tries = world.change_attributes(identity, count, generator), 0
     while (bad := ~world.is_held_out(world.identity_number(changed))).any():
-        changed[bad] = world.change_attributes(identity[bad], count[bad], generator)
+        tries += 1
+        changed[bad] = world.change_attributes(identity[bad], count[bad] if tries < 300 else count[bad].clamp(min=2), generator)
     return changed
 
 
