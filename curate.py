@@ -33,7 +33,6 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsd
-import gpu
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
 PAIR_QUESTION = (
@@ -64,7 +63,7 @@ def load_vlm(name, quantize="none"):
     dtype = torch.bfloat16 if dsd.device() == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(name)
-        vlm = gpu.language_model(AutoModelForImageTextToText, name, quantize, dtype)
+        vlm = dsd.language_model(AutoModelForImageTextToText, name, quantize, dtype)
         processor.tokenizer.padding_side = "left"  # so that every answer starts where its question ends
         processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)
     except Exception as error:  # another kind of model, a missing file, no template: many kinds, one answer
@@ -258,7 +257,7 @@ def parse_args():
     add("--batch_size", type=int, help="pairs asked about at once")
     add("--limit", type=int, help="use only so many grids")
     add("--seed", type=int, help="chooses what the contact sheets show; verdicts are greedy")
-    gpu.add_flags(parser)
+    dsd.add_memory_flags(parser)
     args = parser.parse_args()
     vars(args).update(dsd.model_settings(args.vlm, "curate", args, tolerance=0, batch_size=64, limit=10**9, seed=0))
     return args
@@ -266,9 +265,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    gpu.check(args, language=args.vlm)
+    dsd.check_machine(args, language=args.vlm)
     grids, source, path = read_grids(args), args.grids / "settings.json", args.out / "transcripts.jsonl"
-    state = gpu.processes()
+    state = dsd.processes()
     main, each = state.is_main_process, state.num_processes
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
     batches = dsd.Lazy(math.ceil(len(grids) / at_once), lambda i: dict(grids[i * at_once:(i + 1) * at_once]))

@@ -16,11 +16,13 @@ import collections.abc
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import operator
 import os
+import re
 import resource
 import sys
 import textwrap
@@ -31,7 +33,8 @@ import diffusers
 import numpy
 import torch
 import transformers
-from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel
+from accelerate import PartialState
+from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -42,6 +45,9 @@ from tqdm import tqdm
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 SCHNELL = dict.fromkeys(["generate_grids", "sample"], {"steps": 4})  # FLUX.1-schnell is distilled to so few
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
+BYTES = {"none": 2, "int8": 1, "nf4": .516}  # a weight on a GPU; nf4: 4 bits, and 8 bits for each block of 64
+FLUX_1 = {"transformer": 11.9e9, "text encoders": 4.9e9}  # parameters
+WORKING = 3.0  # * GB beside the weights: activations at 1024x1024, the VAE, CUDA itself
 
 
 # ---- rectified flow --------------------------------------------------------------------------------------------------
@@ -134,62 +140,6 @@ def to_pixels(images):
 def canvas(reference, target=None):
     """Two frames (B, 3, H, W) side by side: (B, 3, H, 2 W). Without a target the right frame is black (R)."""
     return torch.cat([reference, torch.full_like(reference, -1) if target is None else target], dim=3)
-
-
-def open_image(path):
-    """Any picture file as RGB: turned as its EXIF says, transparency composed on white, 16 bits scaled to 8, of an
-    animation the first frame."""
-    try:
-        with Image.open(path) as image:
-            image.verify()  # a PNG's checksums; it closes the file
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel")
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda v: v / 256).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # what a damaged file raises depends on the place of the damage
-        raise DsdError(f"{path}: not an image that can be read ({one_line(error)}); give a PNG or JPEG file") from None
-
-
-def save_image(image, path, **options):
-    """Write a PNG file whole."""
-    with writing(path) as part:
-        image.save(part, format="PNG", **options)
-
-
-def fit_panel(image, width, height):
-    """Centre-crop to the panel's proportions and resize to width x height."""
-    return ImageOps.fit(image, (width, height), Image.LANCZOS)
-
-
-def contact_sheet(rows, path, side=128):
-    """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
-    rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
-    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows),
-                              sum(max(cell.height for cell in row) for row in rows)), "white")
-    y = 0
-    for row in rows:
-        x = 0
-        for cell in row:
-            sheet.paste(cell, (x, y))
-            x += cell.width
-        y += max(cell.height for cell in row)
-    save_image(sheet, path)
-
-
-def labelled(image, caption, side, margin=6):
-    """An image scaled to the height `side`, its caption below, white around both."""
-    width, font = side * image.width // image.height, ImageFont.load_default(size=11)
-    lines = textwrap.wrap(caption, max(width // 6, 1)) or [""]  # a letter is about 6 pixels wide
-    cell = Image.new("RGB", (width + margin, side + margin + 14 * len(lines)), "white")
-    cell.paste(image.resize((width, side), Image.NEAREST if image.height < side else Image.LANCZOS), (margin, margin))
-    ImageDraw.Draw(cell).multiline_text((margin, margin + side), "\n".join(lines), fill="black", font=font)
-    return cell
 
 
 # ---- the two-frame model ---------------------------------------------------------------------------------------------
@@ -383,6 +333,10 @@ def start_schedule(scheduler, steps, tokens, device):
     return scheduler.timesteps
 
 
+# ======================================================================================================================
+# The method ends here. What follows is housekeeping: loading, prompts, memory, pictures, options, files.
+# ======================================================================================================================
+
 # ---- models and prompts ----------------------------------------------------------------------------------------------
 def device():
     """The device that --device chose, else "cuda" if there is one, else "cpu"."""
@@ -415,17 +369,17 @@ def check_model(model, **sides):
     return width
 
 
-def load_pipeline(cls, model, place=None, **parts):
+def load_pipeline(cls, model, quantize="none", offload="none", **parts):
     """A FLUX folder or hub name as a pipeline of class `cls`: bfloat16 on a GPU, float32 on a CPU.
 
-    place(pipe) puts it elsewhere than on the device (gpu.py)."""
+    quantize, offload: as the options of these names say; parts: a part=None is not loaded."""
     check_model(model)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # what matters is checked and said here
     try:
         dtype = torch.bfloat16 if device() == "cuda" else torch.float32
-        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
+        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **quantization(quantize, parts), **parts)
     except Exception as error:  # a cut file, a missing part: many kinds, one answer
         raise DsdError(f"cannot load {model} as {cls.__name__}: {one_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -435,7 +389,7 @@ def load_pipeline(cls, model, place=None, **parts):
         pipe.tokenizer_2.model_max_length = min(limit, pipe.tokenizer_2.model_max_length)
     if device() == "cuda" and pipe.vae:
         pipe.vae.enable_slicing()  # one picture at a time takes a fraction of the memory
-    return place(pipe) if place else pipe.to(device())
+    return place(pipe, offload)
 
 
 def check_text(text, source):
@@ -476,6 +430,148 @@ def peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kilobytes
+
+
+# ---- large models on the machine at hand -----------------------------------------------------------------------------
+def add_memory_flags(parser, offload=False):
+    """--quantize, and --offload where the script can."""
+    parser.add_argument("--quantize", choices=BYTES, default="none", help="weights of 8 or 4 bits; needs bitsandbytes")
+    if offload:
+        parser.add_argument("--offload", choices=["none", "model", "group", "sequential"], default="none", help="weights "
+                            "wait in main memory: whole models at a time, groups of layers, single layers (slowest)")
+
+
+def check_machine(args, flux=(), language=None):
+    """Refuse what this machine cannot do. flux: the parts of args.model that share a GPU; language: another model."""
+    cuda, offload = device() == "cuda", getattr(args, "offload", "none")
+    if (args.quantize, offload) != ("none", "none") and not cuda:
+        raise DsdError("--quantize and --offload need a CUDA GPU, which this machine does not have")
+    if args.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
+        raise DsdError(f"--quantize {args.quantize} needs bitsandbytes: pip install bitsandbytes")
+    if args.quantize != "none" and offload in ("group", "sequential"):
+        raise DsdError(f"--quantize {args.quantize} goes with --offload model or none")
+    flux_1 = [FLUX_1[part] for part in flux if on_hub(args.model)]  # of a folder none is too large: its owner has seen it
+    gb = [parameters * (BYTES[args.quantize] if cuda else 4) / 1e9 for parameters in flux_1]
+    check_memory(getattr(args, "model", None), {"none": sum(gb), "model": max(gb, default=0)}.get(offload, 0), cuda)
+    if language and (size := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())) and on_hub(language):
+        check_memory(language, float(size[1]) * (BYTES[args.quantize] if cuda else 4), cuda)
+
+
+def check_memory(name, gb, cuda):
+    """Refuse a model of so many GB of weights if the GPU, or without one main memory, is smaller."""
+    if cuda:
+        has, place = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9, "the GPU"
+        advice = "try --quantize nf4, or --offload model where there is that option"
+    else:
+        has, place = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, "this machine without a CUDA GPU"
+        advice = "run it on a CUDA GPU, or leave the option out to use the miniature"
+    if gb and gb + WORKING > has:
+        raise DsdError(f"{name} needs about {gb + WORKING:.0f} GB and {place} has {has:.0f} GB; {advice}")
+
+
+def bits(library, kind, **more):
+    """The configuration of `library` (diffusers or transformers) for nf4 or int8 weights, None for "none"."""
+    if kind == "none":
+        return None
+    how = {"load_in_8bit": True} if kind == "int8" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16}
+    return library.BitsAndBytesConfig(**how, **more)
+
+
+def quantization(kind, left_out):
+    """What from_pretrained takes to quantise a pipeline's large parts. The embedder stays as it is: it gets wider."""
+    configs = {"transformer": bits(diffusers, kind, llm_int8_skip_modules=["x_embedder"]),
+               "text_encoder_2": bits(transformers, kind)}
+    mapping = {part: config for part, config in configs.items() if config and part not in left_out}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
+
+
+def language_model(cls, name, kind, dtype):
+    """A transformers model on the device."""
+    return cls.from_pretrained(name, dtype=dtype, use_safetensors=True, device_map=device(),
+                               quantization_config=bits(transformers, kind)).eval()
+
+
+def adamw(kind):
+    """AdamW; beside quantised weights its moments have 8 bits too."""
+    if kind == "none":
+        return torch.optim.AdamW
+    import bitsandbytes  # only where it is needed: not every machine has it
+    return bitsandbytes.optim.AdamW8bit
+
+
+def place(pipe, offload):
+    """Put a pipeline on the device, or have its weights fetched when they are needed."""
+    if offload == "none":
+        return pipe.to(device())
+    if offload == "group":
+        pipe.enable_group_offload(torch.device(device()), offload_type="leaf_level", use_stream=True)
+    else:
+        {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}[offload]()
+    return pipe
+
+
+def processes():
+    """Which process this is, of how many (accelerate's PartialState): one of one, unless `accelerate launch` started it."""
+    return PartialState(cpu=device() == "cpu")
+
+
+# ---- pictures as files -----------------------------------------------------------------------------------------------
+def open_image(path):
+    """Any picture file as RGB: turned as its EXIF says, transparency composed on white, 16 bits scaled to 8, of an
+    animation the first frame."""
+    try:
+        with Image.open(path) as image:
+            image.verify()  # a PNG's checksums; it closes the file
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel")
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda v: v / 256).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # what a damaged file raises depends on the place of the damage
+        raise DsdError(f"{path}: not an image that can be read ({one_line(error)}); give a PNG or JPEG file") from None
+
+
+def save_image(image, path, **options):
+    """Write a PNG file whole."""
+    with writing(path) as part:
+        image.save(part, format="PNG", **options)
+
+
+def fit_panel(image, width, height):
+    """Centre-crop to the panel's proportions and resize to width x height."""
+    return ImageOps.fit(image, (width, height), Image.LANCZOS)
+
+
+def contact_sheet(rows, path, side=128):
+    """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
+    rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
+    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows),
+                              sum(max(cell.height for cell in row) for row in rows)), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for cell in row:
+            sheet.paste(cell, (x, y))
+            x += cell.width
+        y += max(cell.height for cell in row)
+    save_image(sheet, path)
+
+
+def labelled(image, caption, side, margin=6):
+    """An image scaled to the height `side`, its caption below, white around both."""
+    width, font = side * image.width // image.height, ImageFont.load_default(size=11)
+    lines = textwrap.wrap(caption, max(width // 6, 1)) or [""]  # a letter is about 6 pixels wide
+    cell = Image.new("RGB", (width + margin, side + margin + 14 * len(lines)), "white")
+    cell.paste(image.resize((width, side), Image.NEAREST if image.height < side else Image.LANCZOS), (margin, margin))
+    ImageDraw.Draw(cell).multiline_text((margin, margin + side), "\n".join(lines), fill="black", font=font)
+    return cell
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dsd
-import gpu
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -151,7 +150,7 @@ def make_optimizer(transformer, settings):
     """The trainable parameters, the condition columns last, AdamW on them and their averages (EMA) or None."""
     columns = dsd.condition_columns(transformer)
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
-    optimizer = gpu.adamw(settings["quantize"])(
+    optimizer = dsd.adamw(settings["quantize"])(
         [{"params": others, "factor": settings["lora_lr_factor"]},
          {"params": [columns], "factor": settings["condition_lr_factor"]}], weight_decay=0.0)
     parameters = [*others, columns]
@@ -262,7 +261,7 @@ def parse_args():
     add("--ema", type=float, help="decay of the averaged weights, 0 is off")
     add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--compile", action="store_true", default=None, help="compile the blocks: a minute, and then faster steps")
-    gpu.add_flags(parser)
+    dsd.add_memory_flags(parser)
     add("--precision", choices=["bf16", "no"], help="of the arithmetic; the LoRA itself is kept in float32")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--validate_every", type=int, help="steps between validation pictures")
@@ -293,7 +292,7 @@ def check(args, settings, pairs, processes):
 
 def main():
     args, settings = parse_args()
-    gpu.check(args, ["transformer"])
+    dsd.check_machine(args, ["transformer"])
     accelerator = Accelerator(mixed_precision=settings["precision"], cpu=dsd.device() == "cpu")
     pairs = read_pairs(args.pairs)
     size = check(args, settings, pairs, accelerator.num_processes)
@@ -304,7 +303,7 @@ def main():
             (args.out / folder).mkdir(exist_ok=True)
 
     # phase 1: encode, then drop the encoders
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None, **gpu.fit(args, "text_encoder_2"))
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, (pair["prompt"] for pair in pairs))
     accelerator.wait_for_everyone()  # for the folder
@@ -356,8 +355,7 @@ def make_validation(pipe, pairs, size, args, settings, accelerator):
 def load_transformer(model, settings):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it still is the teacher."""
     others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
-    transformer = dsd.load_pipeline(FluxControlPipeline, model, **others, **gpu.quantized(settings["quantize"], "transformer")
-                                    ).transformer
+    transformer = dsd.load_pipeline(FluxControlPipeline, model, settings["quantize"], **others).transformer
     dsd.add_lora(dsd.widen(transformer), settings["rank"])
     cast_training_params(transformer, torch.float32)
     if settings["gradient_checkpointing"]:

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsd
-import gpu
 
 FILES = ["[0-9]*[0-9].png", "overview.png", "grids.jsonl", "subjects.jsonl", "*.part"]  # what this script writes
 
@@ -117,7 +116,7 @@ def ask_llm(name, path, seed, quantize="none", references=REFERENCES):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-        model = gpu.language_model(AutoModelForCausalLM, name, quantize, "auto")
+        model = dsd.language_model(AutoModelForCausalLM, name, quantize, "auto")
     except Exception as error:  # no such folder, another kind of model, no chat template: many kinds, one answer
         raise dsd.DsdError(f"--llm {name}: not a chat model that can be loaded: {dsd.one_line(error)}") from None
     for attempt in itertools.count(len(old)):
@@ -199,7 +198,7 @@ def parse_args():
     add("--panel", type=int, help="side of a panel in pixels")
     add("--width", type=int, help="of a panel that is not square")
     add("--height", type=int, help="of a panel that is not square")
-    gpu.add_flags(parser, offload=True)
+    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
     settings = dsd.model_settings(args.model, "generate_grids", args, count=100, batch_size=1, steps=28, panel=512,
                                   guidance_scale=3.5, true_cfg_scale=1.0, seed=0, grammar=GRAMMAR)
@@ -210,10 +209,10 @@ def parse_args():
 
 def main():
     args, settings = parse_args()
-    gpu.check(args, ["transformer", "text encoders"], args.llm)
+    dsd.check_machine(args, ["transformer", "text encoders"], args.llm)
     dsd.check_model(args.model, width=settings["width"], height=settings["height"])
     listed = file_prompts(args.prompts, settings["grammar"]) if args.prompts else None
-    state = gpu.processes()
+    state = dsd.processes()
     with state.main_process_first():  # the others find the folder made, and a chat model's answers in it
         if state.is_main_process:
             dsd.open_out(args.out, {
@@ -225,7 +224,7 @@ def main():
     done = dsd.read_records(args.out / "grids.jsonl")
     if done[:len(grids)] != grids[:len(done)]:
         raise dsd.DsdError(f"{args.out}/grids.jsonl does not say what this command draws; restore it or delete {args.out}")
-    pipe = dsd.load_pipeline(FluxPipeline, args.model, **gpu.fit(args))
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
     if state.is_main_process:
         dsd.warn_of_prompts(pipe, (grid["prompt"] for grid in grids))
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import curate
 import dsd
-import gpu
 
 FILES = ["[0-9]*[0-9].png", "contact_sheet.png", "details.jsonl", "*.part"]  # what this script writes
 
@@ -106,7 +105,7 @@ def parse_args():
     add("--batch_size", type=int, help="pictures drawn together; changes speed and memory, not the pictures")
     add("--enhance", metavar="VLM", help="vision-language model (folder or hub name) that completes the prompt with the "
                                          "reference's details")
-    gpu.add_flags(parser, offload=True)
+    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
     settings = dsd.model_settings(args.model, "sample", args, steps=28, image_guidance=1.0, text_guidance=1.0,
                                   guidance_scale=3.5, unguided_steps=2, width=512, height=512, batch_size=1, seed=[0])
@@ -116,14 +115,14 @@ def parse_args():
 
 def main():
     args, settings, shipped = parse_args()
-    gpu.check(args, ["transformer", "text encoders"], args.enhance)
+    dsd.check_machine(args, ["transformer", "text encoders"], args.enhance)
     dsd.check_model(args.model, width=settings["width"], height=settings["height"])
     prompts = [dsd.check_text(prompt, "--prompt") for prompt in args.prompt or shipped["prompts"]]
     references = {str(file): dsd.fit_panel(dsd.open_image(file), settings["width"], settings["height"])
                   for file in find_references(args, shipped["references"])}
     adapter, size, seeds = find_adapter(args, shipped["shipped_adapter"]), settings.pop("batch_size"), settings.pop("seed")
     names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}
-    state = gpu.processes()
+    state = dsd.processes()
     with state.main_process_first():  # the others find the folder made, and what a --enhance model saw in it
         if state.is_main_process:
             dsd.open_out(args.out, {
@@ -131,7 +130,7 @@ def main():
                 "images": {file: dsd.file_digest(file) for file in references}, "seeds": seeds, "enhance": args.enhance,
                 "quantize": args.quantize, **settings}, FILES, args.overwrite)
         texts = enhance(args.enhance, references, prompts, args.out / "details.jsonl", args.quantize) if args.enhance else {}
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, **gpu.fit(args))
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload)
     dsd.load_adapter(pipe, adapter)
     cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, **names}
              for file in references for p in prompts for seed in seeds]

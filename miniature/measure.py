@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
-from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import curate  # noqa: E402
 import dsd  # noqa: E402
+import evaluate  # noqa: E402
 import generate_grids  # noqa: E402
+from miniature import exams  # noqa: E402
 import lessons  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
@@ -60,22 +60,15 @@ def measure_vae(args):
     return {"panels": args.count, "psnr_db": round(psnr, 2)}
 
 
-class Judge:
-    """The classifier of miniature/judge: `Judge()(images)`, images (N, 3, s, s) in [0, 1] -> attributes (N, 10)."""
-
-    def __init__(self, folder=HERE / "judge"):
-        self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        self.sizes = [len(values) for values in lessons.VALUES]
-
-    @torch.inference_mode()
-    def __call__(self, images):
-        logits = torch.cat([self.model(pixel_values=x * 2 - 1).logits for x in images.split(100)])
-        return torch.stack([part.argmax(1) for part in logits.split(self.sizes, 1)], 1)
+def seen_by(folder, images):
+    """What the judge in `folder` sees in images (N, 3, s, s) in [0, 1]: attributes by number (N, 10)."""
+    return torch.tensor([[values.index("" if word == "nothing" else word) for values, word in zip(lessons.VALUES, row.values())]
+                         for row in exams.Judge(folder)([exams.to_image(x) for x in images])])
 
 
 def measure_judge(args):
     images, attributes = held_out_panels(args.count, args.seed)
-    right = Judge(args.judge)(images) == attributes
+    right = seen_by(args.judge, images) == attributes
     result = {"panels": args.count} | dict(zip(NAMES, (round(x, 4) for x in right.float().mean(0).tolist())))
     result["all_identity"], result["all"] = right[:, :7].all(1).float().mean().item(), right.all(1).float().mean().item()
     print(", ".join(f"{name} {share:.1%}" for name, share in result.items() if name != "panels"), f"({args.count} panels)")
@@ -102,7 +95,7 @@ def measure_teacher(args):
             panels.append(dsd.cut_grid(image))
     seconds = (time.time() - begun) / args.count
     images = torch.cat([dsd.to_pixels(four) for four in panels]) / 2 + .5  # (4 count, 3, s, s)
-    seen = Judge(args.judge)(images).view(args.count, 4, 10)
+    seen = seen_by(args.judge, images).view(args.count, 4, 10)
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
     named = torch.tensor([[[values.index(word) for values, word in zip(lessons.VALUES, grid["panel_prompts"][0].split()[1:3])]] * 4
                           for grid in grids])  # shape and ears of "a round horned critter"
@@ -153,11 +146,6 @@ def held_out_pairs(count, generator):
     return images[rows, panel], attributes[rows, panel]
 
 
-def to_image(panel):
-    """(3, s, s) in uint8 -> an RGB image."""
-    return Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy())
-
-
 def measure_vlm(args):
     generator = torch.Generator().manual_seed(args.seed + 1_000)
     images, attributes = held_out_pairs(args.count, generator)
@@ -165,34 +153,28 @@ def measure_vlm(args):
         vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
         images = pretrain.through_vae(images.flatten(0, 1), vae).view(images.shape)
     model = curate.load_vlm(args.vlm)
-    cases = [[to_image(a), to_image(b)] for a, b in images]
+    cases = [[exams.to_image(a / 255), exams.to_image(b / 255)] for a, b in images]
     begun = time.time()
     answers = curate.ask(*model, cases, curate.PAIR_QUESTION, args.batch_size, 200)
     seconds = time.time() - begun
-    panels = [[to_image(a)] for a in images[:200, 0]]
+    panels = [[exams.to_image(a / 255)] for a in images[:200, 0]]
     truth = [row[0].tolist() for row in attributes[:200]]
     captions = curate.ask(*model, panels, curate.DESCRIBE_QUESTION, args.batch_size, 60)
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
     wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
-    subject = [score_in(a) for a in curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)]
+    subject = [evaluate.parse_score(a) for a in curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)]
     asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
-    prompt = [score_in(a) for a in curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)]
+    prompt = [evaluate.parse_score(a) for a in curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)]
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
         "instructions_exact": share(orders, wanted),
-        "subject_scores_exact": share(subject, (4 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1)).tolist()),
-        "prompt_scores_exact": share(prompt, [score_in(answer) for _, answer in asked]), "pairs_per_second": args.count / seconds}
+        "subject_scores_exact": share(subject, (1 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1) / 4).tolist()),
+        "prompt_scores_exact": share(prompt, [evaluate.parse_score(answer) for _, answer in asked]), "pairs_per_second": args.count / seconds}
     print_verdicts(result)
     return result
-
-
-def score_in(answer):
-    """The number after the last "score:" of an answer, None if there is none."""
-    found = re.findall(r"score: (\d)", answer)
-    return int(found[-1]) if found else None
 
 
 def verdicts(answers, identities):

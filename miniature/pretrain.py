@@ -1,7 +1,7 @@
 """Makes the miniature's models from nothing: `python miniature/pretrain.py vae`, then `flux`, `vlm` and `judge`.
 
-Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge) and keeps its checkpoint, its log and a
-picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
+Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge) and keeps its
+checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
 checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
 identities that are not held out.
 
@@ -11,13 +11,14 @@ What each costs on two CPU cores, and how good it gets, is in miniature/README.m
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,6 @@ import lessons  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 
-
 # ---- what all have in common -----------------------------------------------------------------------------------------
 def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     """Train `module` for args.steps steps of AdamW and return it with its averaged (EMA) weights.
@@ -39,12 +39,13 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     loss_of_step(step, generator) -> loss. All randomness of a step comes from its own generator, so a resumed run
     draws what an uninterrupted one would have drawn."""
     out = Path("runs/pretrain") / name
-    out.mkdir(parents=True, exist_ok=True)
+    dsd.open_out(out, {"step": "pretrain", "model": name}, [])  # for this process alone
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
     ema.to(args.device)
     start = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
+    dsd.write_records(out / "log.jsonl", [r for r in dsd.read_records(out / "log.jsonl", step=int) if r["step"] < start])
     # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
     attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
@@ -55,15 +56,17 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
         with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(attention):
             loss = loss_of_step(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (loss + norm).isfinite():  # before it reaches the weights
+            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Try a lower "
+                               "--learning_rate")
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
         last = step + 1 == args.steps
         if step % 20 == 0 or last:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "loss": loss.item(), "seconds": time.time() - begun}) + "\n")
+            dsd.append_records(out / "log.jsonl", [{"step": step, "loss": loss.item(), "seconds": time.time() - begun}])
         if time.time() - saved > args.save_minutes * 60 or last:
             dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
             saved = time.time()
@@ -88,6 +91,19 @@ def load_averages(name, module):
     for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
         p.data.copy_(tensors[f"{i}.ema"])
     print(f"{name}: exporting step {int(tensors['step'])}")
+
+
+def export(save, folder):
+    """Let save(part) fill a folder aside and move its files to `folder`, each whole: interrupted, none is half a file."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    save(part)
+    for file in [f for f in part.rglob("*") if f.is_file()]:
+        place = folder / file.relative_to(part)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    shutil.rmtree(part)
+    print(f"wrote {folder}")
 
 
 def save_picture(images, columns, path, scale=4):
@@ -128,7 +144,7 @@ def pretrain_vae(args):
         psnr = 10 * math.log10(4 / F.mse_loss(vae.decode(z).sample, x).item())
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
-    vae.half().save_pretrained("runs/pretrain/vae/vae")
+    export(vae.half().save_pretrained, args.out / "flux" / "vae")
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
@@ -148,24 +164,30 @@ def encode_world(vae, layout, count, args):
                 z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
             captions += c
-        save_file({"latents": torch.cat(parts)}, path)
-        captions_path.write_text(json.dumps(captions))
+        with dsd.writing(path) as part:
+            save_file({"latents": torch.cat(parts)}, part)
+        dsd.write_text(captions_path, json.dumps(captions))  # last: with it the layout is complete
     return load_file(path)["latents"], json.loads(captions_path.read_text())
 
 
 def pretrain_flux(args):
     """Flow matching on panels, two-panel sheets and grids; the text encoders learn along with the transformer."""
-    vae = AutoencoderKL.from_pretrained("runs/pretrain/vae/vae", torch_dtype=torch.float32).to(args.device)
+    vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
     pipe = models.make_flux(vae)
+    models.zero_init(pipe.transformer)
+    if args.start:
+        old = FluxPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
+        pipe.register_modules(transformer=old.transformer, text_encoder=old.text_encoder)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    models.zero_init(pipe.transformer)
-    net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    reader = torch.nn.ModuleList([pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6)])
+    reader.to(args.device).train()  # T5 and, for training only, a classifier of its words
+    net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, reader]).train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     if args.export:
         load_averages("flux", net)
-        return write_flux(pipe)
+        return write_flux(pipe, args.out / "flux")
     side = models.PANEL // models.VAE_FACTOR
     kinds = []  # (latents, CLIP ids, T5 ids, position ids, batch size): the same number of image tokens a batch
     for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
@@ -175,6 +197,11 @@ def pretrain_flux(args):
         per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
         kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), per_batch))
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
+
+    def reading(step, generator):
+        t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)
+        return F.cross_entropy(reader[1](reader[0](t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
+
     schedule = [0, 0, 1, 0, 0, 2]  # of six batches four are grids, one two-panel sheets, one single panels
 
     def loss_of_step(step, generator):
@@ -183,6 +210,7 @@ def pretrain_flux(args):
         drop = torch.rand(n, 1, generator=generator) < 0.1  # for guidance: the empty prompt
         clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
         t5_ids = torch.where(drop, null_t5[:, :t5_ids.shape[1]], t5_ids[index]).to(args.device)
+        parts = parts_of(t5_ids, pipe.tokenizer_2)
         x_0 = latents[index].float()
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
@@ -192,7 +220,7 @@ def pretrain_flux(args):
             hidden_states=dsd.interpolate(x_0, eps, sigma), timestep=sigma, encoder_hidden_states=text,
             pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
-        return F.mse_loss(v.float(), dsd.velocity(x_0, eps))
+        return F.mse_loss(v.float(), dsd.velocity(x_0, eps)) + .1 * F.cross_entropy(reader[1](text).float().mT, parts)
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
@@ -203,8 +231,10 @@ def pretrain_flux(args):
                       generator=torch.Generator().manual_seed(0)).images.float()
         save_picture(images, 6, path, scale=3)
 
+    fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
+    reader.train()
     fit("flux", net, loss_of_step, args, picture)
-    write_flux(pipe)
+    write_flux(pipe, args.out / "flux")
 
 
 def tokenize(pipe, captions, length):
@@ -213,12 +243,22 @@ def tokenize(pipe, captions, length):
             for t, n in ((pipe.tokenizer, pipe.tokenizer.model_max_length), (pipe.tokenizer_2, length))]
 
 
-def write_flux(pipe):
-    """The folder miniature/flux in float16, with dsd.json beside the models."""
-    pipe.to(dtype=torch.float16)
-    pipe.save_pretrained(HERE / "flux")
-    (HERE / "flux" / "dsd.json").write_text(json.dumps(models.flux_settings(), indent=2) + "\n")
-    print(f"wrote {HERE / 'flux'}")
+def parts_of(t5_ids, tokenizer):
+    """The part of the caption that each token (n, length) stands in: 0 the opening and the subject, 1-4 what is said of
+    that panel, 5 what follows "with" before any panel is spoken of; -100 padding.
+
+    FLUX gives all text tokens one position, so word order must come from the text encoder. A real T5 has learned it
+    from much text; this one is asked, before and while the transformer learns, which part each word is in."""
+    word = dict(zip(["with", *world.ORDINALS], tokenizer.convert_tokens_to_ids(["with", *world.ORDINALS])))
+    panel = torch.isin(t5_ids, torch.tensor([word[o] for o in world.ORDINALS], device=t5_ids.device)).cumsum(1)
+    followed = (t5_ids == word["with"]).cumsum(1) > 0
+    return torch.where((panel == 0) & followed, 5, panel).masked_fill(t5_ids == tokenizer.pad_token_id, -100)
+
+
+def write_flux(pipe, folder):
+    """The FLUX folder in float16, with dsd.json beside the models."""
+    export(pipe.to(dtype=torch.float16).save_pretrained, folder)
+    dsd.write_json(folder / "dsd.json", models.flux_settings())
 
 
 def draw_references(args, count=8):
@@ -226,9 +266,9 @@ def draw_references(args, count=8):
     generator = torch.Generator().manual_seed(args.seed)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
     images = world.render(identity, torch.tensor([[6, 0, 0]] * count), world.draw_poses(count, generator), models.PANEL)
-    (HERE / "references").mkdir(exist_ok=True)
+    (args.out / "references").mkdir(exist_ok=True)
     for row, image in zip(identity, images):
-        save_picture(image[None], 1, HERE / "references" / f"{world.noun(row)}.png", scale=1)
+        save_picture(image[None], 1, args.out / "references" / f"{world.noun(row)}.png", scale=1)
 
 
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
@@ -238,11 +278,11 @@ def pool_of_panels(args):
     path = Path("runs/pretrain/vlm") / f"panels_{lessons.POOL}_{args.seed}_vae.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        vae = AutoencoderKL.from_pretrained("runs/pretrain/vae/vae", torch_dtype=torch.float32).to(args.device)
+        vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
         images, attributes = lessons.draw_pool(lessons.POOL, torch.Generator().manual_seed(args.seed + 77))
         images[:lessons.POOL // 4] = through_vae(images[:lessons.POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
-        save_file({"images": images, "attributes": attributes}, f"{path}.part")
-        Path(f"{path}.part").rename(path)
+        with dsd.writing(path) as part:
+            save_file({"images": images, "attributes": attributes}, part)
     pool = load_file(path)
     return pool["images"], pool["attributes"]
 
@@ -299,14 +339,13 @@ def pretrain_vlm(args):
     fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
     net.train()
     fit("vlm", net, answering, args, picture)
-    write_vlm(vlm, processor, HERE / "vlm")
+    write_vlm(vlm, processor, args.out / "vlm")
 
 
 def write_vlm(vlm, processor, folder):
     """The VLM's folder in float16, the weights in training untouched."""
-    vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in vlm.state_dict().items()})
-    processor.save_pretrained(folder)
-    print(f"wrote {folder}: {sum(p.numel() for p in vlm.parameters()) / 1e6:.1f} M parameters")
+    halves = {k: v.half() for k, v in vlm.state_dict().items()}
+    export(lambda part: (vlm.save_pretrained(part, state_dict=halves), processor.save_pretrained(part)), folder)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
@@ -329,8 +368,7 @@ def pretrain_judge(args):
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
     judge = fit("judge", judge, loss_of_step, args)
-    judge.half().save_pretrained(HERE / "judge")
-    print(f"wrote {HERE / 'judge'}: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters")
+    export(judge.half().save_pretrained, args.out / "judge")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -348,9 +386,11 @@ def main():
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
+    parser.add_argument("--start", help="flux: a pipeline whose transformer and CLIP to go on from (default: from nothing)")
     parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
-    parser.add_argument("--word_steps", type=int, default=600, help="vlm: steps of the language model by itself, next")
+    parser.add_argument("--word_steps", type=int, default=600, help="vlm, flux: steps of the language model by itself, next")
     parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_minutes", type=float, default=3.0)
@@ -369,4 +409,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    dsd.run(main)

@@ -15,7 +15,6 @@ Prints a table and writes it as JSON to --out. Training is the loop's own code o
 """
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -39,7 +38,6 @@ import curate  # noqa: E402
 import dsd  # noqa: E402
 import finetune  # noqa: E402
 import generate_grids  # noqa: E402
-import gpu  # noqa: E402
 import sample  # noqa: E402
 
 FLUX_1 = {  # the sizes of FLUX.1-dev; what is not said is the classes' own default, which is FLUX.1's
@@ -111,7 +109,7 @@ def compare(name, ours, peer, count, rate, repeat):
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def grids_row(args, rate):
-    pipe = dsd.load_pipeline(FluxPipeline, args.model, **gpu.fit(args))
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
     settings = settings_of(args, generate_grids)
     grids = [{"prompt": f"a grid of 4 images representing the same critter: {PROMPT}", "seed": i} for i in range(args.batch)]
 
@@ -136,7 +134,7 @@ def sampling_rows(args, rate, work):
     student = finetune.load_transformer(args.model, settings_of(args, finetune))
     dsd.save_adapter(student, work)
     student = None
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, **gpu.fit(args))
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload)
     dsd.load_adapter(pipe, work)
     settings = settings_of(args, sample) | {"unguided_steps": 0}
     n, side = args.batch, args.panel
@@ -177,7 +175,7 @@ def training_row(args, precision, rate, work):
     accelerator = Accelerator(mixed_precision=precision)
     folder, size, n = work / "pairs", (args.panel, args.panel), settings["batch_size"]
     pairs = make_pairs(folder, args.panel, n)
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None, **gpu.fit(args, "text_encoder_2"))
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     canvas = args.panel // pipe.vae_scale_factor, 2 * args.panel // pipe.vae_scale_factor
     (work / "cache").mkdir(exist_ok=True)
     finetune.encode_pairs(pipe, pairs, folder, size, work / "cache")
@@ -215,7 +213,7 @@ def training_row(args, precision, rate, work):
     ours()  # compiles
     (fast,), memory = timed([ours], n, 5 * args.repeat)
     ours = None
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, transformer=None, **gpu.fit(args, "text_encoder_2"))
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     peer = stepper(encoded, False, lambda device: nullcontext())
     peer()
     (slow,), _ = timed([peer], n, 5 * args.repeat)

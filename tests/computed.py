@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import dsd  # noqa: E402
-import gpu  # noqa: E402
 
 logging.set_verbosity_error()  # of casting to bfloat16
 TYPE = torch.bfloat16
@@ -108,7 +107,7 @@ def decoding(width, height):
 
 
 def weights(kind, *parts):
-    return sum(gpu.FLUX_1[part] for part in parts) * gpu.BYTES[kind]
+    return sum(dsd.FLUX_1[part] for part in parts) * dsd.BYTES[kind]
 
 
 def main():

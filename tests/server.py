@@ -12,11 +12,13 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # a process with threads cannot be forked safely
 import dsd  # noqa: E402
 
-SCRIPTS = {name: importlib.import_module(name) for name in ("generate_grids", "curate", "finetune", "sample")}
+SCRIPTS = {name: importlib.import_module(name) for name in (
+    "generate_grids", "curate", "finetune", "sample", "evaluate", "pretrain")}
 
 
 def watch(request, trace):

@@ -13,13 +13,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-import baselines
 import curate
 import dsd
 import evaluate
 import models
-import scores
-from miniature import world
+from miniature import exams, world
 
 SETTINGS = {"width": 32, "height": 32, "steps": 2, "guidance_scale": 1.0, "true_cfg_scale": 1.0, "shift": 3.0,
             "panel_prompt_tokens": 24, "sheet_prompt_tokens": 40}
@@ -83,7 +81,7 @@ def case(**changes):
                 "eyes": "two"}
     asked = {"scene": "in space", "accessory": "with a hat", "light": "at noon"}
     shown = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
-    return baselines.Case(**{"reference": 0, "image": critter(10, [1, 0, 0]), "subject": "round horned critter",
+    return exams.Case(**{"reference": 0, "image": critter(10, [1, 0, 0]), "subject": "round horned critter",
                              "prompt": "a round horned critter in space", "reference_prompt": "", "sheet_prompt": "",
                              "class_prompts": [], "seed": 0, "identity": identity, "context": asked, "shown": shown} | changes)
 
@@ -91,43 +89,43 @@ def case(**changes):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 def test_scores_of_hand_made_verdicts():
     c = case()
-    perfect = scores.world_scores(c, c.identity | c.context)
+    perfect = exams.marks(c, c.identity | c.context)
     assert {perfect[k] for k in ("cp", "all_kept", "pf", "cp_pf", "pf_new", "cp_pf_new")} == {1.0}
-    copied = scores.world_scores(c, c.identity | c.shown)
+    copied = exams.marks(c, c.identity | c.shown)
     assert (copied["cp"], copied["all_kept"], copied["pf_new"], copied["cp_pf_new"]) == (1, 1, 0, 0)
     assert copied["pf"] == copied["cp_pf"] == pytest.approx(1 / 3)  # the light was asked for and is the reference's
-    mixed = scores.world_scores(c, c.identity | c.context | {"eyes": "one", "scene": "in a cave"})
+    mixed = exams.marks(c, c.identity | c.context | {"eyes": "one", "scene": "in a cave"})
     assert (mixed["all_kept"], mixed["eyes_as_wanted"], mixed["scene_as_wanted"], mixed["light_as_wanted"]) == (0, 0, 0, 1)
     assert mixed["cp"] == pytest.approx(6 / 7) and mixed["pf"] == pytest.approx(2 / 3) and mixed["pf_new"] == 1 / 2
     assert mixed["cp_pf"] == pytest.approx(6 / 7 * 2 / 3) and mixed["cp_pf_new"] == pytest.approx(6 / 7 / 2)
 
 
 def test_bootstrap_interval_of_known_data():
-    assert scores.bootstrap([0.25] * 12, list(range(12))) == [0.25] * 3
-    assert scores.bootstrap([], []) is scores.bootstrap([None], [0]) is None
+    assert evaluate.bootstrap([0.25] * 12, list(range(12))) == [0.25] * 3
+    assert evaluate.bootstrap([], []) is evaluate.bootstrap([None], [0]) is None
     coins = [k % 2 for k in range(400)]
-    mean, low, high = scores.bootstrap(coins, range(400))
+    mean, low, high = evaluate.bootstrap(coins, range(400))
     assert mean == 0.5 and low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and high == pytest.approx(1 - low, abs=0.01)
     # four equal pictures of each reference tell no more than one: twice the interval of independent ones
-    _, wide_low, wide_high = scores.bootstrap(coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)])
+    _, wide_low, wide_high = evaluate.bootstrap(coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)])
     assert wide_high - wide_low == pytest.approx(2 ** .5 * (high - low), rel=0.15)
-    assert scores.bootstrap([1.0, None, 0.0, None], [0, 0, 1, 1])[0] == 0.5
-    assert scores.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75  # of pictures, not of references
+    assert evaluate.bootstrap([1.0, None, 0.0, None], [0, 0, 1, 1])[0] == 0.5
+    assert evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75  # of pictures, not of references
 
 
 def test_difference_is_taken_on_common_subject_cases_only():
     record = lambda n, value, kind="subject": {"reference": n, "kind": kind, "cp_pf": value}  # noqa: E731
     ours = [record(0, 1.0), record(0, 0.0, "relight"), record(1, 0.5), record(2, 0.0)]
     theirs = [record(0, 0.5), record(0, 1.0, "relight"), record(1, None)]
-    assert scores.difference(ours, theirs, "cp_pf") == [0.5] * 3
-    assert scores.difference(ours, ours, "cp_pf") == [0.0] * 3
+    assert evaluate.difference(ours, theirs, "cp_pf") == [0.5] * 3
+    assert evaluate.difference(ours, ours, "cp_pf") == [0.0] * 3
 
 
 def test_summary_averages_each_kind_and_counts_missing_scores():
     records = [{"case": 0, "reference": 0, "kind": "subject", "cp": 1.0, "vlm_cp": None, "answers": {"vlm_cp": "?"}},
                {"case": 1, "reference": 1, "kind": "subject", "cp": 0.0, "vlm_cp": 0.75, "answers": {"vlm_cp": "score: 3"}},
                {"case": 2, "reference": 1, "kind": "relight", "cp": 0.5, "vlm_cp": 0.5, "pose": 0.9, "answers": {}}]
-    summary = scores.summarise(records)
+    summary = evaluate.summarise(records)
     assert summary["subject"]["cp"][0] == 0.5 and summary["subject"]["vlm_cp"] == [0.75] * 3
     assert (summary["subject"]["n"], summary["subject"]["unscored"], summary["relight"]["pose"][0]) == (2, 1, 0.9)
 
@@ -136,25 +134,25 @@ def test_summary_averages_each_kind_and_counts_missing_scores():
     ("compare: same\nscore: 3", 0.75), ("**Score**: 4/4", 1.0), ("score: 0 to 4? I say score: 1.", 0.25),
     ("score: 5", None), ("score: 10", None), ("score: 3.5", None), ("", None), ("four of four", None)])
 def test_parse_score(answer, score):
-    assert scores.parse_score(answer) == score
+    assert evaluate.parse_score(answer) == score
 
 
 def test_pose_kept_sees_the_pose_and_not_the_light():
-    there = evaluate.world_cases(range(12), 1, 0, 32)
+    there = exams.world_cases(range(12), 1, 0, 32)
     for relit in (c for c in there if c.kind == "relight"):
-        assert scores.pose_kept(relit.truth, relit.truth) == 1
+        assert exams.pose_kept(relit.truth, relit.truth) == 1
         dim = Image.eval(relit.truth, lambda v: round(0.5 * v + 20))
-        assert scores.pose_kept(dim, relit.truth) == pytest.approx(1, abs=2e-3)
+        assert exams.pose_kept(dim, relit.truth) == pytest.approx(1, abs=2e-3)
         moved = Image.new("RGB", (32, 32))
         moved.paste(relit.truth, (9, 6))
-        assert scores.pose_kept(relit.image, relit.truth) > 0.6 > scores.pose_kept(moved, relit.truth)
-    assert scores.pose_kept(Image.eval(there[0].truth, lambda v: 255 - v), there[0].truth) == 0
-    assert scores.pose_kept(Image.new("RGB", (32, 32)), there[0].truth) == 0
-    assert scores.pose_kept(noise_image(32, 32), there[0].truth) < 0.3
+        assert exams.pose_kept(relit.image, relit.truth) > 0.6 > exams.pose_kept(moved, relit.truth)
+    assert exams.pose_kept(Image.eval(there[0].truth, lambda v: 255 - v), there[0].truth) == 0
+    assert exams.pose_kept(Image.new("RGB", (32, 32)), there[0].truth) == 0
+    assert exams.pose_kept(noise_image(32, 32), there[0].truth) < 0.3
 
 
 def test_the_judge_takes_the_best_label_of_each_attribute(judge):
-    seen = scores.Judge(judge)
+    seen = exams.Judge(judge)
     assert {name: [v for _, v in block] for name, block in seen.labels.items()} == {
         name: [v or "nothing" for v in values] for name, values in (world.IDENTITY | world.CONTEXT).items()}
     wanted = {name: values[-1] or "nothing" for name, values in (world.IDENTITY | world.CONTEXT).items()}
@@ -176,7 +174,7 @@ def test_every_rendered_reference_is_held_out(monkeypatch):
         return torch.zeros(len(identity), 3, size, size)
 
     monkeypatch.setattr(world, "render", watch)
-    cases = evaluate.world_cases([*range(75), *range(evaluate.SEARCH, evaluate.SEARCH + 8)], 4, 0, 32)
+    cases = exams.world_cases([*range(75), *range(evaluate.SEARCH, evaluate.SEARCH + 8)], 4, 0, 32)
     assert len(cases) == 83 * 5 and sum(c.kind == "subject" for c in cases) >= 300
     assert world.is_held_out(world.identity_number(torch.tensor(seen))).all() and len(seen) == 83 * 6
     values = [[world.IDENTITY[name].index(c.identity[name]) for name in world.IDENTITY] for c in cases]
@@ -184,7 +182,7 @@ def test_every_rendered_reference_is_held_out(monkeypatch):
 
 
 def test_cases_ask_for_new_scenes_or_for_another_light_only():
-    cases = evaluate.world_cases(range(6), 3, 0, 32)
+    cases = exams.world_cases(range(6), 3, 0, 32)
     for c in cases:
         if c.kind == "subject":
             assert c.context["scene"] != c.shown["scene"]
@@ -194,9 +192,9 @@ def test_cases_ask_for_new_scenes_or_for_another_light_only():
         assert c.subject in c.prompt and c.subject in c.reference_prompt and c.context["scene"] in c.prompt
         assert all(v in c.prompt for v in c.context.values() if v != "nothing")
     assert len({c.seed for c in cases}) == len(cases)
-    few = evaluate.world_cases(range(2), 3, 0, 32)
+    few = exams.world_cases(range(2), 3, 0, 32)
     assert [(c.prompt, c.seed, c.truth.tobytes()) for c in few] == [(c.prompt, c.seed, c.truth.tobytes()) for c in cases[:8]]
-    assert few[0].prompt != evaluate.world_cases(range(2), 3, 1, 32)[0].prompt
+    assert few[0].prompt != exams.world_cases(range(2), 3, 1, 32)[0].prompt
 
 
 def make_benchmark(folder):
@@ -221,7 +219,7 @@ def test_a_dreambench_folder_with_the_vlm_as_judge(tmp_path, run, quick_vlm):
         assert row["subject"]["vlm_cp_pf_new"][0] == 0.75 ** 2 and "cp" not in row["subject"]
     images, question = quick_vlm[-1]
     assert len(images) == 2 and "a red mug in space" in question and "copies" in question
-    assert {len(images) for images, question in quick_vlm if question == scores.SUBJECT_CRITERIA} == {2}
+    assert {len(images) for images, question in quick_vlm if question == evaluate.SUBJECT_CRITERIA} == {2}
     assert "VLM de-biased" in said and "relit" not in said and (tmp_path / "out" / "scatter.png").exists()
 
 
@@ -295,25 +293,25 @@ def test_mistakes_are_answered_in_one_line(tmp_path, run, quick_vlm, flags, mess
 # ---- rows of the full run --------------------------------------------------------------------------------------------
 def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
     settings = SETTINGS | {"true_cfg_scale": 2.0}
-    models_ = baselines.Models(SimpleNamespace(model=flux), settings)
-    cases = evaluate.world_cases([0], 1, 0, 32)
+    models_ = evaluate.Models(SimpleNamespace(model=flux), settings)
+    cases = exams.world_cases([0], 1, 0, 32)
     pixels = dsd.to_pixels
-    before = pixels(baselines.prompt_alone(models_, cases))
-    untuned, tuned, again = (pixels(baselines.dreambooth(models_, cases, steps, 2e-3)) for steps in (0, 6, 6))
+    before = pixels(evaluate.prompt_alone(models_, cases))
+    untuned, tuned, again = (pixels(evaluate.dreambooth(models_, cases, steps, 2e-3)) for steps in (0, 6, 6))
     assert torch.equal(tuned, again) and not torch.equal(tuned, untuned)
-    assert torch.equal(pixels(baselines.prompt_alone(models_, cases)), before)
+    assert torch.equal(pixels(evaluate.prompt_alone(models_, cases)), before)
 
 
 def test_dreambooth_takes_the_best_of_the_searched_settings(tmp_path, run, quick_vlm, monkeypatch):
-    monkeypatch.setattr(baselines, "LEARNING_RATES", [1e-3])
-    monkeypatch.setattr(baselines, "TUNING_STEPS", [1, 2])
+    monkeypatch.setattr(evaluate, "LEARNING_RATES", [1e-3])
+    monkeypatch.setattr(evaluate, "TUNING_STEPS", [1, 2])
     monkeypatch.setattr(evaluate, "SEARCH_COUNT", 1)
     used = []
-    monkeypatch.setattr(baselines, "dreambooth", lambda models, cases, **options: used.append((cases[0].reference, options))
+    monkeypatch.setattr(evaluate, "dreambooth", lambda models, cases, **options: used.append((cases[0].reference, options))
                         or [c.truth if options["steps"] == 2 or c.reference < evaluate.SEARCH else Image.new("RGB", (32, 32))
                             for c in cases])
-    world_scores = scores.world_scores
-    monkeypatch.setattr(scores, "world_scores", lambda c, seen: world_scores(
+    marks = exams.marks
+    monkeypatch.setattr(exams, "marks", lambda c, seen: marks(
         c, c.identity | c.context if used[-1][1]["steps"] == 2 else c.identity | c.shown))
     run(tmp_path / "out", "--full", "--rows", "tuning", "--tuned_references", 1)
     few, more = ({"steps": steps, "learning_rate": 1e-3} for steps in (1, 2))
@@ -326,20 +324,20 @@ def test_a_condition_of_zeros_makes_every_student_the_teacher_again(flux, tmp_pa
     """An adapter that has learnt nothing: the held frame still shows, and a single frame is the teacher's own picture."""
     transformer = FluxTransformer2DModel.from_pretrained(flux, subfolder="transformer", dtype=torch.float32)
     dsd.save_adapter(dsd.add_lora(dsd.widen(transformer), rank=2), tmp_path)
-    models_, cases = baselines.Models(SimpleNamespace(model=flux), SETTINGS), evaluate.world_cases([0], 1, 0, 32)
-    single = baselines.single_frame(models_, cases, tmp_path)
-    held = baselines.held_frame(models_, cases, tmp_path)
+    models_, cases = evaluate.Models(SimpleNamespace(model=flux), SETTINGS), exams.world_cases([0], 1, 0, 32)
+    single = evaluate.single_frame(models_, cases, tmp_path)
+    held = evaluate.held_frame(models_, cases, tmp_path)
     assert [i.size for i in single + held] == [(32, 32)] * 4
     pipe = models_.load(FluxPipeline)
     assert pipe.transformer.config.in_channels == 64  # the teacher's own, loaded anew
-    inpainted = baselines.inpainting(models_, [c for c in cases])
+    inpainted = evaluate.inpainting(models_, [c for c in cases])
     assert [i.size for i in inpainted] == [(32, 32)] * 2
 
 
 def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
     args = SimpleNamespace(pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, model="flux", ablation_steps=None)
     whole = dsd.read_records(pairs / "metadata.jsonl")
-    quarter, half = (baselines.pairs_for(which, args) for which in ("quarter", "half"))
+    quarter, half = (evaluate.pairs_for(which, args) for which in ("quarter", "half"))
     some = dsd.read_records(half / "metadata.jsonl")
     assert [r["prompt"] for r in some] == [r["prompt"] for r in whole[:4]]
     assert len(dsd.read_records(quarter / "metadata.jsonl")) == 2
@@ -352,10 +350,10 @@ def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
         dsd.append_records(folder / "metadata.jsonl", [{**r, "prompt": f"{k} {r['prompt']}"} for k in range(3) for r in whole])
         dsd.write_json(folder / "summary.json", {})
 
-    monkeypatch.setattr(baselines, "run_script", curated)
-    assert len(dsd.read_records(baselines.pairs_for("as many", args) / "metadata.jsonl")) == len(whole)
-    assert len(dsd.read_records(baselines.pairs_for("uncurated", args) / "metadata.jsonl")) == 3 * len(whole)
-    assert baselines.pairs_for("curated", args) == pairs
+    monkeypatch.setattr(evaluate, "run_script", curated)
+    assert len(dsd.read_records(evaluate.pairs_for("as many", args) / "metadata.jsonl")) == len(whole)
+    assert len(dsd.read_records(evaluate.pairs_for("uncurated", args) / "metadata.jsonl")) == 3 * len(whole)
+    assert evaluate.pairs_for("curated", args) == pairs
 
 
 @pytest.mark.parametrize("name", ["single frame", "only condition columns"])
@@ -367,7 +365,7 @@ def test_an_ablation_is_trained_by_finetune_once(tmp_path, run, quick_vlm, pairs
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags), "--rank", "2", "--batch_size", "2"])
         importlib.import_module(script.removesuffix(".py")).main()
 
-    monkeypatch.setattr(baselines, "run_script", in_this_process)
+    monkeypatch.setattr(evaluate, "run_script", in_this_process)
     flags = ["--full", "--rows", f"ablation: {name}", "--pairs", pairs, "--ablation_steps", 2, "--references", 1]
     run(tmp_path / "out", *flags)
     folder = tmp_path / "out" / "ablations" / name.replace(" ", "_")
@@ -377,4 +375,4 @@ def test_an_ablation_is_trained_by_finetune_once(tmp_path, run, quick_vlm, pairs
     x_0 = load_file(folder / "cache" / "00000000.safetensors")["x_0"]
     assert x_0.shape[1] == (16 if name == "single frame" else 32)  # tokens of one panel, of two
     run(tmp_path / "out", *flags)
-    assert len(ran) == 1 and [str(f) for f in baselines.ABLATIONS[name][1]] == [str(f) for f in ran[0][6:-2]]
+    assert len(ran) == 1 and [str(f) for f in evaluate.ABLATIONS[name][1]] == [str(f) for f in ran[0][6:-2]]

@@ -13,7 +13,6 @@ import curate
 import dsd
 import finetune
 import generate_grids
-import gpu
 import sample
 
 HUB = "black-forest-labs/FLUX.1-dev"
@@ -53,7 +52,7 @@ def test_without_a_gpu_what_needs_one_is_refused_in_one_line(module, options, wi
     (finetune, ["--model", HUB]), (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B-Instruct"])])
 def test_without_a_gpu_a_large_model_is_refused_before_it_is_downloaded(module, options, without_gpu, tmp_path, call,
                                                                         monkeypatch):
-    monkeypatch.setattr(gpu.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 16e9}[name])
+    monkeypatch.setattr(dsd.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 16e9}[name])
     code, _, err = call(module, *options, "--out", tmp_path / "out")
     assert code == 2 and "this machine without a CUDA GPU has 16 GB" in err and err.count("\n") == 1
 
@@ -69,9 +68,9 @@ ALL = ["transformer", "text encoders"]
 def test_flux_fits_a_card_or_is_refused(gb, options, parts, fits, card):
     card(gb)
     if fits:
-        return gpu.check(flags(**options), parts)
+        return dsd.check_machine(flags(**options), parts)
     with pytest.raises(dsd.DsdError, match=f"needs about .* GB and the GPU has {gb} GB"):
-        gpu.check(flags(**options), parts)
+        dsd.check_machine(flags(**options), parts)
 
 
 @pytest.mark.parametrize("gb, name, quantize, fits", [
@@ -81,14 +80,14 @@ def test_flux_fits_a_card_or_is_refused(gb, options, parts, fits, card):
 def test_a_language_models_size_is_read_from_its_name(gb, name, quantize, fits, card):
     card(gb)
     if fits:
-        return gpu.check(flags(quantize=quantize), language=name)
+        return dsd.check_machine(flags(quantize=quantize), language=name)
     with pytest.raises(dsd.DsdError, match="needs about"):
-        gpu.check(flags(quantize=quantize), language=name)
+        dsd.check_machine(flags(quantize=quantize), language=name)
 
 
 def test_a_folder_is_not_measured_by_the_hubs_models(card, flux):
     card(8)
-    gpu.check(flags(model=flux), ALL)
+    dsd.check_machine(flags(model=flux), ALL)
 
 
 @pytest.mark.parametrize("options, words", [
@@ -96,13 +95,13 @@ def test_a_folder_is_not_measured_by_the_hubs_models(card, flux):
 def test_a_missing_package_is_named(options, words, card):
     card(80, bitsandbytes=False)
     with pytest.raises(dsd.DsdError, match=words):
-        gpu.check(flags(**options), ALL)
+        dsd.check_machine(flags(**options), ALL)
 
 
 def test_what_does_not_go_together_is_refused(card):
     card(80)
     with pytest.raises(dsd.DsdError, match="goes with --offload"):
-        gpu.check(flags(quantize="nf4", offload="sequential"), ALL)
+        dsd.check_machine(flags(quantize="nf4", offload="sequential"), ALL)
 
 
 # ---- settings at FLUX.1's scale --------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def test_settings_follow_the_model_by_themselves(name, steps, monkeypatch):
 
 
 def test_prompts_of_schnell_have_256_tokens_and_of_dev_512(dev, schnell):  # noqa: F811
-    lengths = [dsd.encode_prompts(dsd.load_pipeline(gpu.diffusers.FluxPipeline, model), ["a fox"])[0].shape[1]
+    lengths = [dsd.encode_prompts(dsd.load_pipeline(dsd.diffusers.FluxPipeline, model), ["a fox"])[0].shape[1]
                for model in (dev, schnell)]
     assert lengths == [512, 256]
 
@@ -144,15 +143,15 @@ def test_offloading_is_diffusers_own(offload, wanted):
             return lambda *args, **kwargs: calls.append(name) or self
 
     pipe = Pipe()
-    assert gpu.place(pipe, offload) is pipe and calls == [wanted]
+    assert dsd.place(pipe, offload) is pipe and calls == [wanted]
 
 
 def test_offloaded_pipelines_draw_the_same_pictures(dev, tmp_path, call, monkeypatch):  # noqa: F811
     """With layers fetched from main memory to main memory: the way is the same."""
     run = ["--model", dev, "--count", 2, "--panel", 32, "--steps", 2]
     assert call(generate_grids, *run, "--out", tmp_path / "none")[0] == 0
-    monkeypatch.setattr(gpu, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(gpu, "place", lambda pipe, offload: pipe.enable_group_offload(
+    monkeypatch.setattr(dsd, "check_machine", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dsd, "place", lambda pipe, offload: pipe.enable_group_offload(
         torch.device("cpu"), offload_type="leaf_level") or pipe)
     code, _, err = call(generate_grids, *run, "--offload", "group", "--out", tmp_path / "group")
     assert code == 0, err
@@ -177,7 +176,7 @@ def bitsandbytes(monkeypatch):
     for quantizer in (ours.BnB4BitDiffusersQuantizer, ours.BnB8BitDiffusersQuantizer):
         monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
-    monkeypatch.setattr(gpu, "check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dsd, "check_machine", lambda *args, **kwargs: None)
     return package
 
 
@@ -208,7 +207,7 @@ def test_moments_of_8_bits_are_restored_from_a_checkpoint(bitsandbytes, tmp_path
     def make():
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(100, 100)), torch.nn.Parameter(torch.randn(5))]
-        return parameters, gpu.adamw("nf4")(parameters, lr=1e-2)
+        return parameters, dsd.adamw("nf4")(parameters, lr=1e-2)
 
     def step(parameters, optimizer, seed):
         for p in parameters:
