@@ -61,14 +61,14 @@ def measure_vae(args):
 
 
 def seen_by(folder, images):
-    """What the judge in `folder` sees in images (N, 3, s, s) in [0, 1]: attributes by number (N, 10)."""
-    return torch.tensor([[values.index("" if word == "nothing" else word) for values, word in zip(lessons.VALUES, row.values())]
-                         for row in exams.Judge(folder)([exams.to_image(x) for x in images])])
+    """What the judge in `folder` sees in some images: attributes by number (N, 10)."""
+    return torch.tensor([[values.index(word.replace("nothing", "")) for values, word in zip(lessons.VALUES, row.values())]
+                         for row in exams.Judge(folder)(images)])
 
 
 def measure_judge(args):
     images, attributes = held_out_panels(args.count, args.seed)
-    right = seen_by(args.judge, images) == attributes
+    right = seen_by(args.judge, [exams.to_image(x) for x in images]) == attributes
     result = {"panels": args.count} | dict(zip(NAMES, (round(x, 4) for x in right.float().mean(0).tolist())))
     result["all_identity"], result["all"] = right[:, :7].all(1).float().mean().item(), right.all(1).float().mean().item()
     print(", ".join(f"{name} {share:.1%}" for name, share in result.items() if name != "panels"), f"({args.count} panels)")
@@ -83,6 +83,13 @@ def asked_context(prompt):
     return [row.index(True) for row in found]
 
 
+def named_identity(prompt):
+    """The identity (7 numbers) that a panel's prompt names: "a round horned critter pale red with blue dots and one eye"."""
+    _, shape, ears, _, tone, colour, _, second, pattern, _, eyes = prompt.split()[:11]
+    words = shape, ears, colour, tone, second, pattern.replace("trim", "plain"), eyes
+    return [values.index(word) for values, word in zip(world.IDENTITY.values(), words)]
+
+
 def measure_teacher(args):
     settings = json.loads((Path(args.model) / "dsd.json").read_text())["generate_grids"]
     pipe = dsd.load_pipeline(FluxPipeline, args.model)
@@ -94,19 +101,17 @@ def measure_teacher(args):
         for image in generate_grids.draw_grids(pipe, grids[i:i + 20], settings):
             panels.append(dsd.cut_grid(image))
     seconds = (time.time() - begun) / args.count
-    images = torch.cat([dsd.to_pixels(four) for four in panels]) / 2 + .5  # (4 count, 3, s, s)
-    seen = seen_by(args.judge, images).view(args.count, 4, 10)
+    seen = seen_by(args.judge, [panel for four in panels for panel in four]).view(args.count, 4, 10)
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
-    named = torch.tensor([[[values.index(word) for values, word in zip(lessons.VALUES, grid["panel_prompts"][0].split()[1:3])]] * 4
-                          for grid in grids])  # shape and ears of "a round horned critter"
+    named = torch.tensor([[named_identity(p) for p in grid["panel_prompts"]] for grid in grids])
     pairs = list(itertools.combinations(range(4), 2))
     equal = torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)  # (count, 6, 7)
     share = lambda x: round(x.float().mean().item(), 4)  # noqa: E731
     differing = (~equal).sum(2)
     result = {"grids": args.count, "seconds_per_grid": round(seconds, 3),
               "context_right": {n: share(seen[..., 7 + k] == asked[..., k]) for k, n in enumerate(world.CONTEXT)}
-              | {"all": share((seen[..., 7:] == asked).all(-1)), "shape": share(seen[..., 0] == named[..., 0]),
-                 "ears": share(seen[..., 1] == named[..., 1])},
+              | {"all": share((seen[..., 7:] == asked).all(-1))},
+              "identity_as_named": {n: share(seen[..., k] == named[..., k]) for k, n in enumerate(world.IDENTITY)},
               "pairs_equal": {n: share(equal[..., k]) for k, n in enumerate(world.IDENTITY)}
               | {"all": share(differing == 0), "all but one": share(differing <= 1)}}
     if args.vlm:
@@ -163,16 +168,19 @@ def measure_vlm(args):
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
     wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
-    subject = [evaluate.parse_score(a) for a in curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)]
+    kept = 1 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1) / 4
+    subject = curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)
     asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
-    prompt = [evaluate.parse_score(a) for a in curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)]
+    prompt = curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
+    scores = lambda answers: [evaluate.parse_score(answer) for answer in answers]  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
         "instructions_exact": share(orders, wanted),
-        "subject_scores_exact": share(subject, (1 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1) / 4).tolist()),
-        "prompt_scores_exact": share(prompt, [evaluate.parse_score(answer) for _, answer in asked]), "pairs_per_second": args.count / seconds}
+        "subject_scores_exact": share(scores(subject), kept.tolist()),
+        "prompt_scores_exact": share(scores(prompt), scores([answer for _, answer in asked])),
+        "pairs_per_second": args.count / seconds}
     print_verdicts(result)
     return result
 
