@@ -568,7 +568,7 @@ def labelled(image, caption, side, margin=6):
     """An image scaled to the height `side`, its caption below, white around both."""
     width, font = side * image.width // image.height, ImageFont.load_default(size=11)
     lines = textwrap.wrap(caption, max(width // 6, 1)) or [""]  # a letter is about 6 pixels wide
-    cell = Image.new("RGB", (width + margin, side + margin + 14 * len(lines)), "white")
+    cell = Image.new("RGB", (width + margin, side + margin + 15 * len(lines) + 4), "white")
     cell.paste(image.resize((width, side), Image.NEAREST if image.height < side else Image.LANCZOS), (margin, margin))
     ImageDraw.Draw(cell).multiline_text((margin, margin + side), "\n".join(lines), fill="black", font=font)
     return cell
