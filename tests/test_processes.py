@@ -19,6 +19,7 @@ for module, method in ((generate_grids, "draw_grids"), (curate, "cut"), (sample,
 for module, *args in {commands!r}:
     sys.argv = [module, *args]
     dsd.run({{"generate_grids": generate_grids, "curate": curate, "sample": sample}}[module].main)
+    dsd.processes().wait_for_everyone()  # the main process writes last; a launcher waits for it too
 open({out!r} + f"/counts_{{dsd.processes().process_index}}.txt", "w").write(str(sorted(times.items())))
 """
 
