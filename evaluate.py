@@ -299,7 +299,7 @@ class Row:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
-STRENGTHS = [0.5, 0.6, 0.7, 0.8, 0.9]  # of SDEdit
+STRENGTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of SDEdit
 GUIDANCE = [(1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 1.5), (1.5, 2.0), (2.0, 2.0)]  # image, text
 LEARNING_RATES, TUNING_STEPS = [5e-4, 2e-3], [50, 100, 200, 400]  # of DreamBooth-LoRA
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
@@ -323,7 +323,7 @@ def all_rows(adapter):
     rows = [Row("prompt alone", "bounds", prompt_alone, quick=True),
             Row("reference copied", "bounds", copy_reference, quick=True),
             Row("true rendering", "bounds", true_rendering, quick=True, world=True)]
-    rows += [Row(f"SDEdit {s}", "zero-shot", sdedit, {"strength": s}, quick=s == 0.8) for s in STRENGTHS]
+    rows += [Row(f"SDEdit {s}", "zero-shot", sdedit, {"strength": s}, quick=s == 0.5) for s in STRENGTHS]
     rows += [Row("in-context inpainting", "zero-shot", inpainting, quick=True)]
     rows += [Row(f"search: DreamBooth {steps} steps {rate}", "search", dreambooth,
                  {"steps": steps, "learning_rate": rate}, tuned=True)

@@ -211,7 +211,7 @@ def test_a_dreambench_folder_with_the_vlm_as_judge(tmp_path, run, quick_vlm):
     folder = make_benchmark(tmp_path / "bench")
     said = run(tmp_path / "out", "--folder", folder, "--judge", "nowhere")
     rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
-    assert set(rows) == {"prompt alone", "reference copied", "SDEdit 0.8", "in-context inpainting", "DSD"}
+    assert set(rows) == {"prompt alone", "reference copied", "SDEdit 0.5", "in-context inpainting", "DSD"}
     for row in rows.values():
         assert row["cases"]["prompt"] == ["a kitten on the beach", "a kitten in space", "a red mug on the beach",
                                                        "a red mug in space"]
@@ -236,7 +236,7 @@ def test_quick_run_as_a_user_starts_it(tmp_path, flux, judge, vlm, adapter):
                         cwd=tmp_path)
     folder = tmp_path / "runs" / "evaluate"
     rows = json.loads((folder / "scores.json").read_text())["rows"]
-    names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.8", "in-context inpainting", "DSD"]
+    names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.5", "in-context inpainting", "DSD"]
     assert list(rows) == names and all(f"| {name} |" in out for name in names)
     for name, row in rows.items():
         cases = row["cases"]
@@ -257,7 +257,7 @@ def test_interrupted_and_started_again_it_writes_the_same_files(tmp_path, run, q
     whole, drawn, append = files(tmp_path / "whole"), len(quick_vlm), dsd.append_records
 
     def dies(path, records):
-        if path.parent.name == "sdedit-0.8" and path.name == "scores.jsonl":
+        if path.parent.name == "sdedit-0.5" and path.name == "scores.jsonl":
             path.write_text(json.dumps(records[0], ensure_ascii=False) + "\n" + json.dumps(records[1])[:40])  # torn
             raise KeyboardInterrupt
         append(path, records)
@@ -272,7 +272,7 @@ def test_interrupted_and_started_again_it_writes_the_same_files(tmp_path, run, q
     assert len(quick_vlm) == asked and files(tmp_path / "torn") == whole  # nothing is drawn or scored twice
     assert drawn * 2 < asked < drawn * 3
     run(tmp_path / "torn", *rows, "--references", 3)
-    longer = dsd.read_records(tmp_path / "torn" / "rows" / "sdedit-0.8" / "scores.jsonl")
+    longer = dsd.read_records(tmp_path / "torn" / "rows" / "sdedit-0.5" / "scores.jsonl")
     assert len(longer) == 6 and len(quick_vlm) == asked + drawn // 2
 
 
