@@ -534,7 +534,7 @@ def parse_args():
     parser = dsd.Parser(__doc__)
     add = parser.add_argument
     add("--full", action="store_true", help="all rows; also searches settings and trains the ablations")
-    add("--rows", nargs="+", metavar="WORD", help="only rows whose name or group contains one of these words")
+    add("--rows", nargs="+", metavar="WORD", help="only rows of these names, or whose name or group contains one of these words")
     add("--references", type=int, help="how many (default: 16, with --full 75)")
     add("--prompts", type=int, default=4, help="new contexts for each reference, beside one of other light (default: 4)")
     add("--tuned_references", type=int, help="how many of them DreamBooth-LoRA is tuned to (default: all)")
@@ -556,8 +556,9 @@ def choose_rows(args, adapter):
     """The rows of this run."""
     rows = [row for row in all_rows(adapter) if (args.full or row.quick) and not (row.world and args.folder)]
     if args.rows:
-        known = rows
-        rows = [r for r in rows if any(word.lower() in f"{r.name} {r.group}".lower() for word in args.rows)]
+        known, names = rows, {r.name.lower() for r in rows}
+        rows = [r for r in rows if any(word == r.name.lower() if word in names else word in f"{r.name} {r.group}".lower()
+                                       for word in map(str.lower, args.rows))]
         if any(r.best_of for r in rows):
             rows = [r for r in known if r in rows or r.group in {row.best_of for row in rows}]
     if not rows:

@@ -276,6 +276,15 @@ def test_interrupted_and_started_again_it_writes_the_same_files(tmp_path, run, q
     assert len(longer) == 6 and len(quick_vlm) == asked + drawn // 2
 
 
+def test_a_rows_whole_name_means_that_row_and_a_part_all_that_contain_it():
+    def chosen(*words):
+        return [row.name for row in evaluate.choose_rows(SimpleNamespace(full=True, folder=None, rows=words), None)]
+
+    assert chosen("dsd") == ["DSD"] and chosen("SDEdit 0.5", "true") == ["true rendering", "SDEdit 0.5"]
+    assert len(chosen("sdedit")) == len(evaluate.STRENGTHS) and len(chosen("DSD,")) == len(evaluate.GUIDANCE) + 1
+    assert chosen("tuning")[-1] == "DreamBooth-LoRA" and len(chosen("tuning")) > 1  # with the search that it needs
+
+
 def test_a_row_drawn_with_other_settings_is_not_taken(tmp_path, run, quick_vlm):
     run(tmp_path / "out", "--rows", "copied")
     assert "holds another run" in run(tmp_path / "out", "--rows", "copied", "--seed", 1, code=2)
