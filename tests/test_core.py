@@ -240,8 +240,8 @@ def test_contact_sheet_holds_every_picture_and_its_caption(tmp_path):
 def test_a_label_loses_no_line_of_a_long_caption():
     image, words = Image.new("RGB", (32, 32), "red"), "a round horned critter in the antidisestablishmentarianist snow"
     short, long = dsd.labelled(image, "a round", 64), dsd.labelled(image, words, 64)
-    assert short.width == long.width and long.height == short.height + 14 * (len(textwrap.wrap(words, 64 // 6)) - 1)
-    last_line = long.crop((0, long.height - 14, long.width, long.height))
+    assert short.width == long.width and long.height == short.height + 15 * (len(textwrap.wrap(words, 64 // 6)) - 1)
+    last_line = long.crop((0, long.height - 19, long.width, long.height))
     assert last_line.convert("L").getextrema()[0] < 128  # letters
 
 
