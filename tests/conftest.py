@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 import dsd  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
+from miniature import exams  # noqa: E402
 
 COUNTS = collections.Counter()  # what was tried, for the README's "What it withstands"
 
@@ -102,8 +103,7 @@ def noise_image(width, height, seed=0):
 
 def critter(identity, context, pose=(0., .16, 1.16, 0.)):
     """One rendered panel as an image: identity is a number, context three numbers."""
-    pixels = world.render(world.identity_of([identity]), torch.tensor([context]), torch.tensor([pose]), 32)[0]
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+    return exams.render(world.identity_of([identity])[0], torch.tensor(context), torch.tensor(pose), 32)
 
 
 @pytest.fixture(scope="session")
