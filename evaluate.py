@@ -557,8 +557,10 @@ def choose_rows(args, adapter):
     rows = [row for row in all_rows(adapter) if (args.full or row.quick) and not (row.world and args.folder)]
     if args.rows:
         known, names = rows, {r.name.lower() for r in rows}
-        rows = [r for r in rows if any(word == r.name.lower() if word in names else word in f"{r.name} {r.group}".lower()
-                                       for word in map(str.lower, args.rows))]
+
+        def meant(row, word):  # a row's whole name means that row alone, else all that contain the word
+            return word == row.name.lower() if word in names else word in f"{row.name} {row.group}".lower()
+        rows = [r for r in rows if any(meant(r, word.lower()) for word in args.rows)]
         if any(r.best_of for r in rows):
             rows = [r for r in known if r in rows or r.group in {row.best_of for row in rows}]
     if not rows:

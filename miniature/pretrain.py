@@ -180,8 +180,8 @@ def pretrain_flux(args):
         pipe.register_modules(transformer=old.transformer, text_encoder=old.text_encoder)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    reader = torch.nn.ModuleList([pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6)])
-    reader.to(args.device).train()  # T5 and, for training only, a classifier of its words
+    t5, part_of_word = pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6).to(args.device)
+    reader = torch.nn.ModuleList([t5, part_of_word]).train()  # the classifier of its words is for training only
     net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, reader]).train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
@@ -200,7 +200,7 @@ def pretrain_flux(args):
 
     def reading(step, generator):
         t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)
-        return F.cross_entropy(reader[1](reader[0](t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
+        return F.cross_entropy(part_of_word(t5(t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
 
     schedule = [0, 0, 1, 0, 0, 2]  # of six batches four are grids, one two-panel sheets, one single panels
 
@@ -215,12 +215,12 @@ def pretrain_flux(args):
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
         x_0, eps, sigma = x_0.to(args.device), eps.to(args.device), sigma.to(args.device)
-        text = pipe.text_encoder_2(t5_ids)[0]
+        text = t5(t5_ids)[0]
         v = pipe.transformer(
             hidden_states=dsd.interpolate(x_0, eps, sigma), timestep=sigma, encoder_hidden_states=text,
             pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
-        return F.mse_loss(v.float(), dsd.velocity(x_0, eps)) + .1 * F.cross_entropy(reader[1](text).float().mT, parts)
+        return F.mse_loss(v.float(), dsd.velocity(x_0, eps)) + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
