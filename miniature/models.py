@@ -73,7 +73,7 @@ def make_flux(vae):
         text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer)
 
 
-def subjects(count=600):
+def subjects(count=4000):
     """What the grids show, in detail: critters that are not held out. (A grammar of free words would name held-out ones.)"""
     identity = world.identity_of(world.draw_identities(count, torch.Generator().manual_seed(0)))
     return [world.described(row, detailed=True) for row in identity]
@@ -86,7 +86,7 @@ def flux_settings():
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
+            "count": 384, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": {
                 "subject": opening.format("{subject}") + ": {panels}",
                 "relight": opening.format("scene, {subject} {scene}") + ": {panels}",

@@ -117,7 +117,8 @@ def save_picture(images, columns, path, scale=4):
 # ---- the VAE ---------------------------------------------------------------------------------------------------------
 def pretrain_vae(args):
     """Reconstruct single panels, two-panel sheets and grids; a whisper of KL keeps the latents tame."""
-    vae = models.make_vae().to(args.device)
+    vae = (AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else models.make_vae())
+    vae.to(args.device).encoder.requires_grad_(not args.start)  # going on: the latents stay those that a teacher knows
     layouts = [(1, 1), (1, 2), (2, 2)]
 
     def batch(generator, layout):
@@ -142,7 +143,8 @@ def pretrain_vae(args):
         x = torch.cat([batch(torch.Generator().manual_seed(i), (1, 1)) for i in range(16)])
         z = vae.encode(x).latent_dist.mode()
         psnr = 10 * math.log10(4 / F.mse_loss(vae.decode(z).sample, x).item())
-    vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
+    if not args.start:
+        vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
     export(vae.half().save_pretrained, args.out / "flux" / "vae")
 
@@ -152,13 +154,13 @@ def encode_world(vae, layout, count, args):
     """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
 
     Drawn and encoded once and kept on disk: each is then seen several times, every time with other noise."""
-    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}.safetensors"
+    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}.safetensors"
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts, captions, n = [], [], 32 // (layout[0] * layout[1])
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
-            generator = torch.Generator().manual_seed(7_000_003 * sum(layout) + i)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
             x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL)
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
                 z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
@@ -177,7 +179,7 @@ def pretrain_flux(args):
     models.zero_init(pipe.transformer)
     if args.start:
         old = FluxPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
-        pipe.register_modules(transformer=old.transformer, text_encoder=old.text_encoder)
+        pipe.register_modules(transformer=old.transformer, text_encoder=old.text_encoder, text_encoder_2=old.text_encoder_2)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     t5, part_of_word = pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6).to(args.device)
@@ -202,7 +204,7 @@ def pretrain_flux(args):
         t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)
         return F.cross_entropy(part_of_word(t5(t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
 
-    schedule = [0, 0, 1, 0, 0, 2]  # of six batches four are grids, one two-panel sheets, one single panels
+    schedule = [0, 1, 0, 2, 0, 1]  # of six batches three are grids, two two-panel sheets, one single panels
 
     def loss_of_step(step, generator):
         latents, clip_ids, t5_ids, ids, n = kinds[schedule[step % len(schedule)]]
@@ -231,8 +233,9 @@ def pretrain_flux(args):
                       generator=torch.Generator().manual_seed(0)).images.float()
         save_picture(images, 6, path, scale=3)
 
-    fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
-    reader.train()
+    if not args.start:  # its T5 has learned to read
+        fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
+        reader.train()
     fit("flux", net, loss_of_step, args, picture)
     write_flux(pipe, args.out / "flux")
 
@@ -303,6 +306,8 @@ def pretrain_vlm(args):
     descriptions, from text alone; then the whole learns to answer. In one go the same takes many times as long."""
     images, attributes = pool_of_panels(args)
     vlm, processor = models.make_vlm(lessons.vlm_words())
+    if args.start:
+        vlm.load_state_dict(type(vlm).from_pretrained(args.start, dtype=torch.float32).state_dict())
     net = lessons.Lessons(vlm, processor).to(args.device).train()
     n = args.batch_size // 4
 
@@ -334,10 +339,11 @@ def pretrain_vlm(args):
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
 
-    fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
-        argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
-    fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
-    net.train()
+    if not args.start:
+        fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
+            argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
+        fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
+        net.train()
     fit("vlm", net, answering, args, picture)
     write_vlm(vlm, processor, args.out / "vlm")
 
@@ -353,7 +359,10 @@ def pretrain_judge(args):
     """Name all ten attributes of freshly drawn panels, half of them blurred, tinted or noised a little.
 
     It sees renderings only and shares no weights with the models that it judges."""
-    judge = models.make_judge().to(args.device).train()
+    judge = models.make_judge()
+    if args.start:
+        judge = type(judge).from_pretrained(args.start, dtype=torch.float32)
+    judge.to(args.device).train()
     sizes = [len(values) for values in lessons.VALUES]
 
     def loss_of_step(step, generator):
@@ -386,7 +395,8 @@ def main():
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
-    parser.add_argument("--start", help="flux: a pipeline whose transformer and CLIP to go on from (default: from nothing)")
+    parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE only the "
+                        "decoder goes on")
     parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
     parser.add_argument("--word_steps", type=int, default=600, help="vlm, flux: steps of the language model by itself, next")
     parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")

@@ -33,7 +33,8 @@ CONTEXT = {  # the words are the prompt's
 RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
 N_IDENTITIES = 60_480  # the product of RADIX
 CONSISTENT = 0.9  # share of pretraining sheets whose panels all show one critter; in the others one panel is another
-DETAILED = {1: 0.3, 2: 0.5, 4: 0.5}  # share of captions that also name colours, pattern and eyes, by number of panels
+DETAILED = {1: 0.3, 2: 0.1, 4: 0.2}  # share of captions that also name colours, pattern and eyes, by number of panels: in
+# few sheets, for where the words tell all of them the model need not look from panel to panel
 
 _SKY = torch.tensor([[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
                      [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]])
@@ -43,6 +44,7 @@ _CAST = torch.tensor([[1., 1., 1.], [1.12, .74, .46], [.42, .52, .90], [1.05, .5
 _LIGHT_FROM = torch.tensor([[0., -1.], [1., -.2], [-.7, -.7], [-1., .3]])  # where the light stands (x, y down)
 _EAR_X = torch.tensor([.27, .28, .20, .17, .27, .25])  # ear anchors, one for each body shape
 _EAR_Y = torch.tensor([-.38, -.40, -.48, -.46, -.26, -.38])
+_EYES = [[(0., -.10)], [(-.17, -.10), (.17, -.10)], [(-.16, -.02), (.16, -.02), (0., -.27)]]  # where they are
 _TOP_Y = torch.tensor([-.48, -.42, -.58, -.56, -.50, -.48])  # where a hat sits
 
 
@@ -269,8 +271,8 @@ def _render(identity, context, pose, size):
         critter = paint(critter, part - .035, ink)  # an outline, then the fill
         critter = paint(critter, part, fill)
     marks = torch.full_like(x, 9.)
-    stripes = (torch.sin(x * 16 + 1.57).abs() - .62) * .06
-    dots = (((x * 3.6 + .5) % 1 - .5) ** 2 + ((y * 3.6) % 1 - .5) ** 2).sqrt() * .28 - .085
+    stripes = (torch.sin(x * 9 + 1.57).abs() - .80) * .11  # five or six pixels from one to the next: a token has eight
+    dots = (((x * 3.1 + .5) % 1 - .5) ** 2 + ((y * 3.1 + .69) % 1 - .5) ** 2).sqrt() * .32 - .10
     for k, m in ((1, -stripes), (2, dots), (3, _ellipse(x, y - .20, .24, .22))):
         marks[pattern == k] = m[pattern == k]
     critter = paint(critter, torch.maximum(marks, body + .02), trim)
@@ -323,10 +325,9 @@ def _star(X, Y):
 def _face(image, eyes, x, y, paint):
     n = len(eyes)
     white, black = torch.tensor([.98, .98, .98]).view(1, 3, 1, 1), torch.tensor([.05, .04, .08]).view(1, 3, 1, 1)
-    x_to_eye = torch.stack([x, x.abs() - .15, x - (x / .215).round().clamp(-1, 1) * .215])  # nearest of 1, 2 or 3 eyes
-    u = x_to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[0]
-    radius = torch.tensor([.17, .125, .105])[eyes].view(n, 1, 1)
-    d = (u * u + (y + .10) ** 2).sqrt()
+    to_eye = torch.stack([torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0) for places in _EYES])
+    d = to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[0]  # (N, S, S), to the nearest of its eyes
+    radius = torch.tensor([.20, .135, .115])[eyes].view(n, 1, 1)
     image = paint(image, d - radius - .025, black)
     image = paint(image, d - radius, white)
     return paint(image, d - radius * .52, black)

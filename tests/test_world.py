@@ -191,11 +191,11 @@ def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(to
     check_tokens(tokenizers, texts)
 
 
-def test_about_half_of_the_sheets_captions_name_the_details(drawn):
+def test_about_a_fifth_of_the_grids_captions_name_the_details(drawn):
     _, captions = world.sheets(2000, torch.Generator().manual_seed(0))
     named = torch.tensor([world.details(row[0]) in caption or world.details(row[1]) in caption
                           for row, caption in zip(drawn[0][0].view(2000, 4, 7), captions)])
-    assert .45 < named.float().mean() < .55
+    assert .17 < named.float().mean() < .23
 
 
 def test_tokenizer_does_not_know_other_words(tokenizers):
