@@ -23,7 +23,6 @@ import itertools
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -216,11 +215,9 @@ def read_grids(args):
     if not path.exists():
         raise dsd.DsdError(f"no {path}; run generate_grids.py first, or say where its output is with --grids")
     records = dsd.read_records(path, file=str, prompt=str, subject=str, family=str, rows=int, columns=int)[:args.limit]
-    numbers = dsd.distinct(records, "file")
+    numbers = dsd.distinct(records, "grids", "file")
     if not numbers or not all(1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8 for grid in records):
         raise dsd.DsdError(f"{path}: no grids, or not of 1 to 8 rows and columns; run generate_grids.py again")
-    if len(numbers) < len(records):
-        print(f"{path}: {len(records) - len(numbers)} grids are listed twice and count once", file=sys.stderr)
     return dsd.Lazy(len(numbers), lambda i: (numbers[i], records[numbers[i]]))
 
 
@@ -247,19 +244,18 @@ def read_transcripts(path, batches):
 
 def parse_args():
     parser = dsd.Parser(__doc__)
-    add = parser.add_argument
+    add, setting = parser.add_argument, parser.setting
     add("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
     add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="an image-text-to-text folder or hub name (default: the miniature)")
     add("--out", type=Path, default=Path("runs/pairs"))
     add("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
-    add("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "
-        "(default: the VLM's dsd.json, else 0: the VLM's own verdict)")
-    add("--batch_size", type=int, help="pairs asked about at once")
-    add("--limit", type=int, help="use only so many grids")
-    add("--seed", type=int, help="chooses what the contact sheets show; verdicts are greedy")
+    setting("tolerance", 0, "parts that may differ in the VLM's comparison of an accepted pair; 0: the VLM's own verdict")
+    setting("batch_size", 64, "pairs asked about at once")
+    setting("limit", 10**9, "use only so many grids")
+    setting("seed", 0, "chooses what the contact sheets show; verdicts are greedy")
     dsd.add_memory_flags(parser)
     args = parser.parse_args()
-    vars(args).update(dsd.model_settings(args.vlm, "curate", args, tolerance=0, batch_size=64, limit=10**9, seed=0))
+    vars(args).update(dsd.model_settings(args.vlm, "curate", args, **parser.defaults))
     return args
 
 
@@ -272,11 +268,9 @@ def main():
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
     batches = dsd.Lazy(math.ceil(len(grids) / at_once), lambda i: dict(grids[i * at_once:(i + 1) * at_once]))
     with state.main_process_first():
-        if main:
-            dsd.open_out(args.out, {
-                "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
-                "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
-            (args.out / "images").mkdir(exist_ok=True)
+        dsd.open_out(args.out, {
+            "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
+            "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
         waiting, records = read_transcripts(path, batches)
     count, model = len(records), load_vlm(args.vlm, args.quantize) if waiting else None
     for start in tqdm(range(0, len(waiting), each), desc="curate", unit="batch", disable=not main):

@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import operator
@@ -36,6 +35,7 @@ import transformers
 from accelerate import PartialState
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -124,11 +124,7 @@ def cut_grid(image, rows=2, columns=2):
 
 def build_grid(panels, rows=2, columns=2):
     """Panels in reading order -> one grid image, the inverse of `cut_grid`."""
-    w, h = panels[0].size
-    grid = Image.new("RGB", (columns * w, rows * h))
-    for i, panel in enumerate(panels):
-        grid.paste(panel, (i % columns * w, i // columns * h))
-    return grid
+    return make_image_grid(panels, rows, columns)
 
 
 def to_pixels(images):
@@ -194,7 +190,6 @@ def save_adapter(transformer, folder, dtype=torch.float32):
     tensors = {f"transformer.{name}": t.to("cpu", dtype).contiguous() for name, t in lora_state(transformer).items()}
     about = {f"transformer.{name}": value for name, value in config.items()}
     about["sha256"] = checksum(tensors, about)
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with writing(Path(folder) / ADAPTER_FILE) as part:
         save_file(tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)})
 
@@ -469,14 +464,14 @@ def check_memory(name, gb, cuda):
         raise DsdError(f"{name} needs about {gb + WORKING:.0f} GB and {place} has {has:.0f} GB; {advice}")
 
 
+BITS = {"int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": torch.bfloat16}}
+
+
 def bits(library, kind, **more):
     """The configuration of `library` (diffusers or transformers) for nf4 or int8 weights, None for "none"."""
-    if kind == "none":
-        return None
-    how = {"load_in_8bit": True} if kind == "int8" else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16}
-    return library.BitsAndBytesConfig(**how, **more)
+    return None if kind == "none" else library.BitsAndBytesConfig(**BITS[kind], **more)
 
 
 def quantization(kind, left_out):
@@ -591,11 +586,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.defaults = {}  # of the settings
         self.add_argument("--overwrite", action="store_true", help="if --out holds another run, delete that one first")
         self.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
 
     def error(self, message):
         raise DsdError(f"{message}; --help explains the options")
+
+    def setting(self, name, default, help, **more):
+        """An option of the default's kind. A model's folder may bring a default of its own (see `model_settings`)."""
+        first = default[0] if isinstance(default, list) else default
+        kind = {"action": "store_true", "default": None} if default is False else {"type": type(first)}
+        self.defaults[name] = default
+        self.add_argument(f"--{name}", help=f"{help} (default: {default})", **kind, **more)
 
     def parse_args(self):
         args = super().parse_args()
@@ -658,12 +661,14 @@ LOCKS = {}  # output folder -> its open lock file; closing it, or the end of the
 
 
 def open_out(folder, run, files, overwrite=False):
-    """Make an output folder, for this process alone, and note in its settings.json which run it holds.
+    """Make an output folder, for this run alone, and note in its settings.json which one it is (the main process does).
 
     run: the script ("step") and all that decides what the folder will hold; files: patterns of what it writes there.
     Refused: a folder in use, one with files of unknown origin, and one with another run of this script unless `overwrite`
     says to delete its `files`. A run that goes on finds its own settings."""
     folder, run = Path(folder), json.loads(json.dumps(run))
+    if not processes().is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in LOCKS:
         lock = open(folder / ".lock", "a")
@@ -692,6 +697,7 @@ def writing(path):
     """`with writing(path) as part:` fills the file `part`, which then takes the place of `path`: nobody sees half a file,
     and a full disk leaves `path` as it was."""
     part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         with open(part, "rb+") as file:
@@ -714,15 +720,22 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(data, source, **fields):
+    """The JSON object in `data` (bytes), which must have these fields: name=type. `source` says where it is from."""
+    try:
+        value = json.loads(data.decode())
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        if odd := [name for name, kind in fields.items() if not isinstance(value.get(name), kind)]:
+            raise ValueError(f"no {fields[odd[0]].__name__} called {odd[0]}")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise DsdError(f"{source}: not a JSON file of this project ({one_line(error)}); restore or delete it") from None
+
+
 def read_json(path):
     """The object in a JSON file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DsdError(f"{path}: not a JSON file ({one_line(error)}); restore it or delete it") from None
-    if not isinstance(value, dict):
-        raise DsdError(f"{path}: must hold a JSON object; restore it or delete it")
-    return value
+    return parse_json(Path(path).read_bytes(), path)
 
 
 def write_records(path, records):
@@ -773,39 +786,32 @@ def read_records(path, **fields):
 
     A half-written last line is left out, with a notice. fields: name=type of what every record must have, or the file is
     refused."""
-    starts, lines = array.array("Q", [0]), open(path, "rb") if Path(path).exists() else io.BytesIO()
+    if not Path(path).exists():
+        return Lazy(0, None)
+    starts = array.array("Q", [0])  # of the lines in the file
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                print(f"{path}: left out a half-written last line", file=sys.stderr)
+                break
+            parse_json(line, f"{path}, line {number}", **fields)
+            starts.append(starts[-1] + len(line))
 
     def record(i):
         with open(path, "rb") as file:
             file.seek(starts[i])
             return json.loads(file.read(starts[i + 1] - starts[i]))
-
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            print(f"{path}: left out a half-written last line", file=sys.stderr)
-            break
-        try:
-            read = json.loads(line.decode())
-            odd = [name for name, kind in fields.items() if not isinstance(read[name], kind)]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            odd = [one_line(error)]
-        if odd or not isinstance(read, dict):
-            reason = f" ({odd[0]})" if odd else ""
-            raise DsdError(f"{path}, line {number}: not a record of this project{reason}; restore the file or make it again")
-        starts.append(starts[-1] + len(line))
-    lines.close()
     return Lazy(len(starts) - 1, record)
 
 
-def distinct(records, *fields):
-    """The numbers of the records that are the first with these values."""
-    numbers, known = array.array("Q"), set()
+def distinct(records, what, *fields):
+    """The numbers of the records that are the first with these values; how many are not is said, as `what`."""
+    first = {}
     for number, record in enumerate(records):
-        value = hash(tuple(record[name] for name in fields))  # the values themselves would take memory
-        if value not in known:
-            numbers.append(number)
-        known.add(value)
-    return numbers
+        first.setdefault(hash(tuple(record[name] for name in fields)), number)  # the values themselves would take memory
+    if len(first) < len(records):
+        print(f"{len(records) - len(first)} {what} are listed twice and count once", file=sys.stderr)
+    return array.array("Q", first.values())
 
 
 def inside(folder, name):
