@@ -149,31 +149,33 @@ def curate(grids, panels, model, args):
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
                         "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "captions": {},
                         "question": PAIR_QUESTION, "answer": answer})
-    accepted = [r for r in records if r["verdict"] == "yes"]
-    for (n, i, j), text in caption(accepted, panels, model, args).items():
-        next(r for r in accepted if r["grid"] == n and set(r["panels"]) == {i, j})["captions"][str(j)] = text
+    caption([r for r in records if r["verdict"] == "yes"], panels, model, args)
     return records
 
 
+def orders(record):
+    """The two training pairs in a pair of panels: (reference, target), both ways round."""
+    i, j = record["panels"]
+    return (i, j), (j, i)
+
+
 def caption(accepted, panels, model, args):
-    """What the target of each accepted ordered pair shows, or how the reference becomes it: {(grid, i, j): text}."""
-    orders = [(r["grid"], a, b) for r in accepted for a, b in (r["panels"], r["panels"][::-1])]
-    if args.caption == "instruction":
-        keys, cases = orders, [[panels[n][a], panels[n][b]] for n, a, b in orders]
-    else:  # a description looks at the target only: each panel once, however many pairs it is in
-        keys = sorted({(n, b) for n, a, b in orders})
-        cases = [[panels[n][b]] for n, b in keys]
-    answers = ask(*model, cases, QUESTION_FOR[args.caption], args.batch_size, 100)
-    texts = {key: " ".join(answer.split()) for key, answer in zip(keys, answers)}
-    return {(n, a, b): texts[(n, a, b) if args.caption == "instruction" else (n, b)] for n, a, b in orders}
+    """Write into accepted records what each target shows, or how the reference becomes it: {target: text}."""
+    seen = slice(0, 2) if args.caption == "instruction" else slice(1, 2)  # a description looks at the target only
+    cases = sorted({(r["grid"], order[seen]) for r in accepted for order in orders(r)})  # each once
+    answers = ask(*model, [[panels[n][k] for k in shown] for n, shown in cases], QUESTION_FOR[args.caption],
+                  args.batch_size, 100)
+    texts = {case: " ".join(answer.split()) for case, answer in zip(cases, answers)}
+    for r in accepted:
+        r["captions"] = {str(order[1]): texts[r["grid"], order[seen]] for order in orders(r)}
 
 
 # ---- what is written from the transcripts ----------------------------------------------------------------------------
 def metadata(records):
     """One line for each accepted ordered pair; columns ending in `_file_name` become images in `imagefolder`."""
-    for r in (r for r in records if r["verdict"] == "yes"):
-        for a, b in (r["panels"], r["panels"][::-1]):
-            if r["captions"].get(str(b)):
+    for r in records:
+        for a, b in orders(r):
+            if r["verdict"] == "yes" and r["captions"].get(str(b)):
                 yield {"reference_file_name": panel_file(r["grid"], a), "target_file_name": panel_file(r["grid"], b),
                        "prompt": r["captions"][str(b)], "subject": r["subject"], "family": r["family"],
                        "grid": r["grid"], "reference_panel": a, "target_panel": b}
@@ -191,8 +193,7 @@ def summarise(records, pairs, args):
 
     return {"grids": sum(1 for _ in itertools.groupby(r["grid"] for r in records)), "training_pairs": len(pairs),
             **count(*families), "by_family": {family: count(family) for family in families},
-            "vlm": dsd.name_of(args.vlm), "caption": args.caption,
-            "tolerance": args.tolerance}
+            "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance}
 
 
 def sheet(records, accepted, out, name, seed, count=24):

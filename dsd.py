@@ -26,6 +26,7 @@ import resource
 import sys
 import textwrap
 import unicodedata
+from itertools import accumulate
 from pathlib import Path
 
 import diffusers
@@ -445,11 +446,12 @@ def check_machine(args, flux=(), language=None):
         raise DsdError(f"--quantize {args.quantize} needs bitsandbytes: pip install bitsandbytes")
     if args.quantize != "none" and offload in ("group", "sequential"):
         raise DsdError(f"--quantize {args.quantize} goes with --offload model or none")
-    flux_1 = [FLUX_1[part] for part in flux if on_hub(args.model)]  # of a folder none is too large: its owner has seen it
-    gb = [parameters * (BYTES[args.quantize] if cuda else 4) / 1e9 for parameters in flux_1]
-    check_memory(getattr(args, "model", None), {"none": sum(gb), "model": max(gb, default=0)}.get(offload, 0), cuda)
-    if language and (size := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())) and on_hub(language):
-        check_memory(language, float(size[1]) * (BYTES[args.quantize] if cuda else 4), cuda)
+    each = BYTES[args.quantize] if cuda else 4
+    if flux and on_hub(args.model):  # of a folder none is too large: its owner has seen it
+        gb = [FLUX_1[part] * each / 1e9 for part in flux]
+        check_memory(args.model, {"none": sum(gb), "model": max(gb)}.get(offload, 0), cuda)
+    if language and on_hub(language) and (billions := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())):
+        check_memory(language, float(billions[1]) * each, cuda)
 
 
 def check_memory(name, gb, cuda):
@@ -547,15 +549,11 @@ def fit_panel(image, width, height):
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
     rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
-    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows),
-                              sum(max(cell.height for cell in row) for row in rows)), "white")
-    y = 0
-    for row in rows:
-        x = 0
-        for cell in row:
+    widths, heights = [sum(cell.width for cell in row) for row in rows], [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (max(widths), sum(heights)), "white")
+    for row, y in zip(rows, accumulate(heights, initial=0)):
+        for cell, x in zip(row, accumulate((cell.width for cell in row), initial=0)):
             sheet.paste(cell, (x, y))
-            x += cell.width
-        y += max(cell.height for cell in row)
     save_image(sheet, path)
 
 

@@ -35,11 +35,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from diffusers import (FluxControlInpaintPipeline, FluxControlPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline,
                        FluxPipeline)
 from diffusers.training_utils import cast_training_params
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from PIL import Image
 from tqdm import tqdm
@@ -48,9 +48,6 @@ import curate
 import dsd
 import sample
 from miniature import exams
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 SEARCH, SEARCH_COUNT = 100_000, 8  # number of the first reference for searching settings; the table never shows them
 FILES = ["[0-9]*.png", "scores.jsonl", "seconds.jsonl", "*.part"]  # what a row's folder holds
@@ -492,7 +489,8 @@ def write_table(rows, results, times, out, command):
 
 def draw_scatter(rows, results, path, keys):
     """CP against PF with their intervals, a number a row; grey lines join points of the same product."""
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.5))
+    figure = Figure(figsize=(8.5, 5.5))
+    axes = figure.subplots()
     pf = torch.linspace(0.02, 1, 100)
     for product in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         axes.plot(pf, product / pf, color="0.9", linewidth=1, zorder=0)
@@ -507,7 +505,6 @@ def draw_scatter(rows, results, path, keys):
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     with dsd.writing(path) as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def draw_sheet(rows, records, cases, out):

@@ -57,11 +57,13 @@ def load_canvas(folder, pairs, size):
     return [dsd.to_pixels(side) for side in images]
 
 
-def encode_pairs(pipe, pairs, folder, size, cache, frames=2, process=0, processes=1):
+def encode_pairs(pipe, pairs, folder, size, cache, frames=2):
     """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings.
 
     With one frame (an ablation) the target is the whole canvas and the reference its condition."""
-    for start in tqdm(range(0, len(pairs), SHARD)[process::processes], desc="encode", disable=process > 0 or None):
+    state = dsd.processes()  # which share the files
+    starts = range(0, len(pairs), SHARD)[state.process_index::state.num_processes]
+    for start in tqdm(starts, desc="encode", disable=not state.is_main_process):
         path = cache / f"{start:08d}.safetensors"
         if path.exists():
             continue
@@ -199,13 +201,10 @@ def attention(device):
 @torch.no_grad()
 def culprits(batches, losses_of):
     """The pairs of this process whose own loss is not a number, by the target's file name; all if each alone is fine."""
-    bad, every = [], []
-    for pairs, *tensors in batches:
-        for k, pair in enumerate(pairs):
-            every.append(pair["target_file_name"])
-            if not losses_of([None, *(t[k:k + 1] for t in tensors)])[0].isfinite():
-                bad.append(pair["target_file_name"])
-    return ", ".join(dict.fromkeys(bad or every))
+    losses = [(pair["target_file_name"], losses_of([None, *(t[k:k + 1] for t in tensors)])[0])
+              for pairs, *tensors in batches for k, pair in enumerate(pairs)]
+    bad = [name for name, loss in losses if not loss.isfinite()]
+    return ", ".join(dict.fromkeys(bad or [name for name, _ in losses]))
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -293,8 +292,7 @@ def main():
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, (pair["prompt"] for pair in pairs))
-    encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"], accelerator.process_index,
-                 accelerator.num_processes)
+    encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"])
     accelerator.wait_for_everyone()  # for all of the cache
     null_text = dsd.encode_prompts(pipe, [""])
     validate = make_validation(pipe, pairs, size, args, settings, accelerator)
