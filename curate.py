@@ -60,14 +60,11 @@ def load_vlm(name, quantize="none"):
         raise dsd.DsdError(f"no vision-language model at {name}; give a transformers folder or a hub name")
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if dsd.device() == "cuda" else torch.float32
-    try:
+    with dsd.explained(f"cannot load {name} as an image-text-to-text model with a chat template"):
         processor = AutoProcessor.from_pretrained(name)
         vlm = dsd.language_model(AutoModelForImageTextToText, name, quantize, dtype)
         processor.tokenizer.padding_side = "left"  # so that every answer starts where its question ends
-        processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)
-    except Exception as error:  # another kind of model, a missing file, no template: many kinds, one answer
-        raise dsd.DsdError(f"cannot load {name} as an image-text-to-text model with a chat template: "
-                           f"{dsd.one_line(error)}") from None
+        processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)  # is there one?
     return vlm, processor
 
 

@@ -216,7 +216,7 @@ def load_adapter(pipe, folder):
     folder, file = Path(folder), adapter_file(folder)
     if (folder / "transformer").is_dir():
         load_released_transformer(pipe.transformer, folder / "transformer")
-    try:
+    with explained(f"the adapter in {folder} does not fit this model"):  # wrong shapes, a cut file, foreign names
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         tensors = load_file(file)
@@ -226,22 +226,18 @@ def load_adapter(pipe, folder):
         ours = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.") and "lora_" in name}
         if lost := ours - set(lora_state(pipe.transformer)):  # diffusers leaves out what it does not know
             raise ValueError(f"{len(lost)} of its layers, {min(lost)} for one, have no place in it")
-    except Exception as error:  # diffusers raises many kinds here: wrong shapes, a cut file, foreign names
-        raise DsdError(f"the adapter in {folder} does not fit this model: {one_line(error)}") from None
 
 
 def load_released_transformer(transformer, folder):
     """The authors' layout: `x_embedder` and `c_embedder` (R) become one embedder, weights side by side, biases added."""
     state = {}
-    try:
+    with explained(f"{folder}: not a released DSD transformer for this model"):  # a cut file, no c_embedder, another size
         for file in sorted(Path(folder).glob("*.safetensors")):
             state |= load_file(file)
         weights, biases = ([state.pop(f"{name}.{kind}") for name in ("x_embedder", "c_embedder")]
                            for kind in ("weight", "bias"))
         state |= {"x_embedder.weight": torch.cat(weights, dim=1), "x_embedder.bias": sum(biases)}  # (width, 128)
         widen(transformer).load_state_dict(state)
-    except Exception as error:  # a cut file, no c_embedder, weights of another size
-        raise DsdError(f"{folder}: not a released DSD transformer for this model: {one_line(error)}") from None
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -350,13 +346,11 @@ def check_model(model, **sides):
     pixels, that do not fill its tokens. Returns how many channels the transformer's layers have."""
     if not on_hub(model) and not (Path(model) / "model_index.json").exists():
         raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
-    try:
+    with explained(f"cannot load {model}"):  # a folder copied in half, a gated model
         kind = FluxPipeline.load_config(model)["_class_name"]
         vae, transformer = (FluxTransformer2DModel.load_config(model, subfolder=p) for p in ("vae", "transformer"))
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
         channels, width = transformer["in_channels"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    except Exception as error:  # a folder copied in half, a gated model
-        raise DsdError(f"cannot load {model}: {one_line(error)}") from None
     if kind != "FluxPipeline" or channels != 64:
         raise DsdError(f"{model} is a {kind} of {channels} channels; the teacher must be a FluxPipeline of 64")
     for name, side in sides.items():
@@ -373,11 +367,9 @@ def load_pipeline(cls, model, quantize="none", offload="none", **parts):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # what matters is checked and said here
-    try:
-        dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **quantization(quantize, parts), **parts)
-    except Exception as error:  # a cut file, a missing part: many kinds, one answer
-        raise DsdError(f"cannot load {model} as {cls.__name__}: {one_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     file = Path(model) / "dsd.json"
     if cls is FluxControlPipeline and file.exists():  # * a canvas' prompt is shorter than a grid's: fewer tokens, faster
@@ -518,7 +510,7 @@ def processes():
 def open_image(path):
     """Any picture file as RGB: turned as its EXIF says, transparency composed on white, 16 bits scaled to 8, of an
     animation the first frame."""
-    try:
+    with explained(f"{path}: not an image that can be read; give a PNG or JPEG file"):
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums; it closes the file
         with Image.open(path) as image:
@@ -531,8 +523,6 @@ def open_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:  # what a damaged file raises depends on the place of the damage
-        raise DsdError(f"{path}: not an image that can be read ({one_line(error)}); give a PNG or JPEG file") from None
 
 
 def save_image(image, path, **options):
@@ -575,6 +565,19 @@ class DsdError(Exception):
 def one_line(error):
     """What an exception says, in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(message, *kinds):
+    """`with explained(message):` makes any error in it (or one of `kinds`) a DsdError: the message, and what it says itself.
+
+    What a damaged file raises depends on the place of the damage: many kinds, one answer."""
+    try:
+        yield
+    except DsdError:
+        raise
+    except kinds or Exception as error:
+        raise DsdError(f"{message} ({one_line(error)})") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -697,12 +700,11 @@ def writing(path):
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+        with explained(f"cannot write {path}; make room or give another --out", OSError, SafetensorError):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -720,15 +722,13 @@ def write_json(path, value):
 
 def parse_json(data, source, **fields):
     """The JSON object in `data` (bytes), which must have these fields: name=type. `source` says where it is from."""
-    try:
+    with explained(f"{source}: not a JSON file of this project; restore or delete it", ValueError, RecursionError):
         value = json.loads(data.decode())
         if not isinstance(value, dict):
             raise ValueError("no object")
         if odd := [name for name, kind in fields.items() if not isinstance(value.get(name), kind)]:
             raise ValueError(f"no {fields[odd[0]].__name__} called {odd[0]}")
         return value
-    except (ValueError, RecursionError) as error:
-        raise DsdError(f"{source}: not a JSON file of this project ({one_line(error)}); restore or delete it") from None
 
 
 def read_json(path):
@@ -754,12 +754,13 @@ def append_records(path, records):
             end = file.read().rfind(b"\n") + 1
             file.truncate(end)
         try:
-            if file.write(data) < len(data):
-                raise OSError("no space left on the device")
-            os.fsync(file.fileno())
-        except OSError as error:
+            with explained(f"cannot write {path}; make room or give another --out", OSError):
+                if file.write(data) < len(data):
+                    raise OSError("no space left on the device")
+                os.fsync(file.fileno())
+        except DsdError:
             file.truncate(end)
-            raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+            raise
 
 
 class Lazy(collections.abc.Sequence):
@@ -845,7 +846,7 @@ def load_checkpoint(path, parameters, optimizer, ema):
     """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
     if not Path(path).exists():
         return 0
-    try:
+    with explained(f"{path}: not a checkpoint of this run; delete it to start again"):
         tensors = load_file(path)
         for i, p in enumerate(parameters):
             p.data.copy_(tensors[f"{i}.p"])
@@ -856,5 +857,3 @@ def load_checkpoint(path, parameters, optimizer, ema):
         if ema:
             ema.optimization_step = int(tensors["ema_steps"])
         return int(tensors["step"])
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise DsdError(f"{path}: not a checkpoint of this run ({one_line(error)}); delete it to start again") from None

@@ -78,10 +78,8 @@ def folder_cases(folder, limit, seed, size):
     cases = []
     for number, file in enumerate(files[:limit]):
         path = (folder / "captions" / file.relative_to(folder / "images")).with_suffix(".txt")
-        try:
+        with dsd.explained(f"{path}: wanted the subject's name and then a prompt a line"):
             subject, *prompts = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
-        except (OSError, ValueError) as error:
-            raise dsd.DsdError(f"{path}: wanted the subject's name and then a prompt a line ({error})") from None
         image = dsd.fit_panel(dsd.open_image(file), *size)
         for k, prompt in enumerate(prompts):
             sheet = f"two images of the identical {subject} side by side: left a {subject}, right {prompt}"

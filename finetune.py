@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from diffusers import FluxControlPipeline
 from diffusers.training_utils import EMAModel, cast_training_params
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -93,10 +93,8 @@ class Cache:
 
     def shard(self, i):
         """The file that pair i is in, open for as long as it is used."""
-        try:
+        with dsd.explained(f"{self.cache}: delete this folder, it is made again"):
             return safe_open(self.cache / f"{i - i % SHARD:08d}.safetensors", framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise dsd.DsdError(f"{self.cache}: {dsd.one_line(error)}; delete this folder, it is made again") from None
 
     def batch(self, indices):
         """x_0 and condition (B, N, 64), text = (embeds (B, L, D), pooled (B, P))."""

@@ -79,11 +79,8 @@ def grid_prompt(grammar, family, subject, scene, settings, panel_prompts):
 
 def file_prompts(path, grammar):
     """Grids from a file: a line is "subject | setting | setting | setting | setting", blank lines are skipped."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise dsd.DsdError(f"--prompts {path}: {dsd.one_line(error)}; give a UTF-8 text file") from None
+    with dsd.explained(f"--prompts {path}: give a UTF-8 text file"), open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file]
     grids = {}
     for number, line in enumerate(lines, 1):
         if line in grids:
@@ -113,12 +110,10 @@ def ask_llm(name, path, seed, quantize="none", references=REFERENCES):
     """Yield a chat model's answers without end: first those that `path` holds, then new ones, which are added there."""
     old = dsd.read_records(path, answer=str)
     yield from (record["answer"] for record in old)
-    try:
+    with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):  # none at all, another kind, no chat template
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
         model = dsd.language_model(AutoModelForCausalLM, name, quantize, "auto")
-    except Exception as error:  # no such folder, another kind of model, no chat template: many kinds, one answer
-        raise dsd.DsdError(f"--llm {name}: not a chat model that can be loaded: {dsd.one_line(error)}") from None
     for attempt in itertools.count(len(old)):
         torch.manual_seed(seed * 1_000_003 + attempt)  # an answer depends on its number, not on how often we stopped
         some = random.Random(seed * 1_000_003 + attempt).sample(references, min(3, len(references)))
