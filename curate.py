@@ -247,7 +247,7 @@ def parse_args():
     add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="an image-text-to-text folder or hub name (default: the miniature)")
     add("--out", type=Path, default=Path("runs/pairs"))
     add("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
-    setting("tolerance", 0, "parts that may differ in the VLM's comparison of an accepted pair; 0: the VLM's own verdict")
+    setting("tolerance", 0, "parts that may differ in the comparison of an accepted pair; 0: the VLM's own verdict")
     setting("batch_size", 64, "pairs asked about at once")
     setting("limit", 10**9, "use only so many grids")
     setting("seed", 0, "chooses what the contact sheets show; verdicts are greedy")
@@ -268,7 +268,8 @@ def main():
     with state.main_process_first():
         dsd.open_out(args.out, {
             "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
-            "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
+            "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None},
+            FILES, args.overwrite)
         waiting, records = read_transcripts(path, batches)
     count, model = len(records), load_vlm(args.vlm, args.quantize) if waiting else None
     for start in tqdm(range(0, len(waiting), each), desc="curate", unit="batch", disable=not main):

@@ -231,7 +231,7 @@ def load_adapter(pipe, folder):
 def load_released_transformer(transformer, folder):
     """The authors' layout: `x_embedder` and `c_embedder` (R) become one embedder, weights side by side, biases added."""
     state = {}
-    with explained(f"{folder}: not a released DSD transformer for this model"):  # a cut file, no c_embedder, another size
+    with explained(f"{folder}: not a released DSD transformer for this model"):  # cut, no c_embedder, another size
         for file in sorted(Path(folder).glob("*.safetensors")):
             state |= load_file(file)
         weights, biases = ([state.pop(f"{name}.{kind}") for name in ("x_embedder", "c_embedder")]
@@ -539,8 +539,8 @@ def fit_panel(image, width, height):
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
     rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
-    widths, heights = [sum(cell.width for cell in row) for row in rows], [max(cell.height for cell in row) for row in rows]
-    sheet = Image.new("RGB", (max(widths), sum(heights)), "white")
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows), sum(heights)), "white")
     for row, y in zip(rows, accumulate(heights, initial=0)):
         for cell, x in zip(row, accumulate((cell.width for cell in row), initial=0)):
             sheet.paste(cell, (x, y))
@@ -569,7 +569,7 @@ def one_line(error):
 
 @contextlib.contextmanager
 def explained(message, *kinds):
-    """`with explained(message):` makes any error in it (or one of `kinds`) a DsdError: the message, and what it says itself.
+    """`with explained(message):` any error in it, or one of `kinds`, becomes a DsdError: the message, and what it says.
 
     What a damaged file raises depends on the place of the damage: many kinds, one answer."""
     try:
@@ -807,7 +807,7 @@ def distinct(records, what, *fields):
     """The numbers of the records that are the first with these values; how many are not is said, as `what`."""
     first = {}
     for number, record in enumerate(records):
-        first.setdefault(hash(tuple(record[name] for name in fields)), number)  # the values themselves would take memory
+        first.setdefault(hash(tuple(record[name] for name in fields)), number)  # hashes: values would take memory
     if len(first) < len(records):
         print(f"{len(records) - len(first)} {what} are listed twice and count once", file=sys.stderr)
     return array.array("Q", first.values())

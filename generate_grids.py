@@ -110,7 +110,7 @@ def ask_llm(name, path, seed, quantize="none", references=REFERENCES):
     """Yield a chat model's answers without end: first those that `path` holds, then new ones, which are added there."""
     old = dsd.read_records(path, answer=str)
     yield from (record["answer"] for record in old)
-    with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):  # none at all, another kind, no chat template
+    with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):  # or none at all, or without a template
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
         model = dsd.language_model(AutoModelForCausalLM, name, quantize, "auto")
