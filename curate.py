@@ -241,17 +241,14 @@ def read_transcripts(path, batches):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/pairs", "vlm", "quantize")
     add, setting = parser.add_argument, parser.setting
-    add("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
-    add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="an image-text-to-text folder or hub name (default: the miniature)")
-    add("--out", type=Path, default=Path("runs/pairs"))
+    add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote (default: %(default)s)")
     add("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
     setting("tolerance", 0, "parts that may differ in the comparison of an accepted pair; 0: the VLM's own verdict")
     setting("batch_size", 64, "pairs asked about at once")
     setting("limit", 10**9, "use only so many grids")
     setting("seed", 0, "chooses what the contact sheets show; verdicts are greedy")
-    dsd.add_memory_flags(parser)
     args = parser.parse_args()
     vars(args).update(dsd.model_settings(args.vlm, "curate", args, **parser.defaults))
     return args

@@ -421,14 +421,6 @@ def peak_memory():
 
 
 # ---- large models on the machine at hand -----------------------------------------------------------------------------
-def add_memory_flags(parser, offload=False):
-    """--quantize, and --offload where the script can."""
-    parser.add_argument("--quantize", choices=BYTES, default="none", help="weights of 8 or 4 bits; needs bitsandbytes")
-    if offload:
-        parser.add_argument("--offload", choices=["none", "model", "group", "sequential"], default="none", help="weights "
-                            "wait in main memory: whole models at a time, groups of layers, single layers (slowest)")
-
-
 def check_machine(args, flux=(), language=None):
     """Refuse what this machine cannot do. flux: the parts of args.model that share a GPU; language: another model."""
     cuda, offload = device() == "cuda", getattr(args, "offload", "none")
@@ -580,14 +572,26 @@ def explained(message, *kinds):
         raise DsdError(f"{message} ({one_line(error)})") from None
 
 
+SHARED = {  # options that several scripts have
+    "model": {"default": MINIATURE / "flux", "help": "the teacher: FLUX folder or hub name (default: the miniature)"},
+    "vlm": {"default": str(MINIATURE / "vlm"), "help": "an image-text-to-text folder or hub name (default: the miniature)"},
+    "quantize": {"choices": BYTES, "default": "none", "help": "weights of 8 or 4 bits; needs bitsandbytes"},
+    "offload": {"choices": ["none", "model", "group", "sequential"], "default": "none", "help": "weights wait in main "
+                "memory: whole models at a time, groups of layers, single layers (slowest)"},
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """A script's options, with those that all scripts share. A mistake in them is one line, like all others."""
+    """A script's options: those that all have, and some of SHARED. A mistake in them is one line, like all others."""
 
     device = None  # as --device chose
 
-    def __init__(self, doc):
+    def __init__(self, doc, out, *shared):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.defaults = {}  # of the settings
+        for name in shared:
+            self.add_argument(f"--{name}", **SHARED[name])
+        self.add_argument("--out", type=Path, default=out, help="folder for what is made (default: %(default)s)")
         self.add_argument("--overwrite", action="store_true", help="if --out holds another run, delete that one first")
         self.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
 

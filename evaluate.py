@@ -526,7 +526,7 @@ def timing(row, cases, out):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/evaluate", "model", "vlm")
     add = parser.add_argument
     add("--full", action="store_true", help="all rows; also searches settings and trains the ablations")
     add("--rows", nargs="+", metavar="WORD", help="only rows of these names, or whose name or group contains one of these words")
@@ -534,16 +534,13 @@ def parse_args():
     add("--prompts", type=int, default=4, help="new contexts for each reference, beside one of other light (default: 4)")
     add("--tuned_references", type=int, help="how many of them DreamBooth-LoRA is tuned to (default: all)")
     add("--folder", type=Path, help="a folder in DreamBench++'s layout, instead of the world's references")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
     add("--adapter", type=Path, help="what DSD uses (default: the one shipped with the model)")
     add("--judge", default=dsd.MINIATURE / "judge", help="image classifier folder (default: the miniature's)")
-    add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="vision-language model, the second judge")
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote; the ablations learn from it")
     add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote; for the ablation without curation")
     add("--ablation_steps", type=int, help="training steps of every ablation (default: finetune.py's)")
     add("--steps", type=int, help="Euler steps of every method")
     add("--seed", type=int, default=0, help="of references, prompts and noise")
-    add("--out", type=Path, default="runs/evaluate", help="default: %(default)s")
     return parser.parse_args()
 
 

@@ -234,11 +234,9 @@ def draw_losses(out, window=25):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/adapter", "model", "quantize")
     add, setting = parser.add_argument, parser.setting
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote (default: %(default)s)")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/adapter", help="where the adapter goes (default: %(default)s)")
     setting("steps", 10_000, "optimiser steps")
     setting("rank", 64, "rank of the LoRA; the paper's is 512")
     setting("batch_size", 1, "pairs a step, over all processes")
@@ -255,7 +253,6 @@ def parse_args():
     setting("save_every", 250, "steps between checkpoints")
     setting("validate_every", 500, "steps between validation pictures")
     setting("seed", 0, "of data order, noise and LoRA initialisation")
-    dsd.add_memory_flags(parser)
     args = parser.parse_args()
     return args, dsd.model_settings(args.model, "finetune", args, **parser.defaults, condition_dropout=0.1,
                                     prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, quantize="none")

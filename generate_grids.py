@@ -176,10 +176,8 @@ def draw_grids(pipe, grids, settings):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/grids", "model", "quantize", "offload")
     add, setting, source = parser.add_argument, parser.setting, parser.add_mutually_exclusive_group().add_argument
-    add("--model", default=dsd.MINIATURE / "flux", help="FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/grids", help="where the grids go (default: %(default)s)")
     setting("count", 100, "how many grids")
     add("--family", choices=["both", "subject", "relight"], default="both",
         help="subject: new settings; relight: one scene in other light; both: two to one")
@@ -193,7 +191,6 @@ def parse_args():
     setting("seed", 0, "of prompts and noise")
     add("--width", type=int, help="of a panel that is not square")
     add("--height", type=int, help="of a panel that is not square")
-    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
     settings = dsd.model_settings(args.model, "generate_grids", args, **parser.defaults, grammar=GRAMMAR)
     sides = dict.fromkeys(["width", "height"], settings["panel"])

@@ -87,13 +87,11 @@ def save(image, path, case, settings):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/samples", "model", "quantize", "offload")
     add, setting = parser.add_argument, parser.setting
     add("--image", nargs="+", type=Path, help="reference pictures (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors (default: see above)")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/samples", help="where the pictures go (default: %(default)s)")
     setting("steps", 28, "Euler steps")
     setting("image_guidance", 1.0, "s_i: how strongly to follow the reference; 1 costs no extra pass")
     setting("text_guidance", 1.0, "s_t: how strongly to follow the prompt; 1 costs no extra pass")
@@ -105,7 +103,6 @@ def parse_args():
     setting("seed", [0], "one or more", nargs="+")
     add("--enhance", metavar="VLM", help="vision-language model (folder or hub name) that completes the prompt with the "
                                          "reference's details")
-    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
     settings = dsd.model_settings(args.model, "sample", args, **parser.defaults)
     shipped = dsd.model_settings(args.model, "sample", args, prompts=[""], references="", shipped_adapter="")
