@@ -23,7 +23,6 @@ import itertools
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -61,14 +60,11 @@ def load_vlm(name, quantize="none"):
         raise dsd.DsdError(f"no vision-language model at {name}; give a transformers folder or a hub name")
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if dsd.device() == "cuda" else torch.float32
-    try:
+    with dsd.explained(f"cannot load {name} as an image-text-to-text model with a chat template"):
         processor = AutoProcessor.from_pretrained(name)
         vlm = dsd.language_model(AutoModelForImageTextToText, name, quantize, dtype)
         processor.tokenizer.padding_side = "left"  # so that every answer starts where its question ends
-        processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)
-    except Exception as error:  # another kind of model, a missing file, no template: many kinds, one answer
-        raise dsd.DsdError(f"cannot load {name} as an image-text-to-text model with a chat template: "
-                           f"{dsd.one_line(error)}") from None
+        processor.apply_chat_template(conversation(1, "?"), add_generation_prompt=True)  # is there one?
     return vlm, processor
 
 
@@ -150,31 +146,33 @@ def curate(grids, panels, model, args):
         records.append({"grid": n, "panels": [i, j], "family": grids[n]["family"], "subject": grids[n]["subject"],
                         "prompt": grids[n]["prompt"], "verdict": verdict, "reason": reason, "captions": {},
                         "question": PAIR_QUESTION, "answer": answer})
-    accepted = [r for r in records if r["verdict"] == "yes"]
-    for (n, i, j), text in caption(accepted, panels, model, args).items():
-        next(r for r in accepted if r["grid"] == n and set(r["panels"]) == {i, j})["captions"][str(j)] = text
+    caption([r for r in records if r["verdict"] == "yes"], panels, model, args)
     return records
 
 
+def orders(record):
+    """The two training pairs in a pair of panels: (reference, target), both ways round."""
+    i, j = record["panels"]
+    return (i, j), (j, i)
+
+
 def caption(accepted, panels, model, args):
-    """What the target of each accepted ordered pair shows, or how the reference becomes it: {(grid, i, j): text}."""
-    orders = [(r["grid"], a, b) for r in accepted for a, b in (r["panels"], r["panels"][::-1])]
-    if args.caption == "instruction":
-        keys, cases = orders, [[panels[n][a], panels[n][b]] for n, a, b in orders]
-    else:  # a description looks at the target only: each panel once, however many pairs it is in
-        keys = sorted({(n, b) for n, a, b in orders})
-        cases = [[panels[n][b]] for n, b in keys]
-    answers = ask(*model, cases, QUESTION_FOR[args.caption], args.batch_size, 100)
-    texts = {key: " ".join(answer.split()) for key, answer in zip(keys, answers)}
-    return {(n, a, b): texts[(n, a, b) if args.caption == "instruction" else (n, b)] for n, a, b in orders}
+    """Write into accepted records what each target shows, or how the reference becomes it: {target: text}."""
+    seen = slice(0, 2) if args.caption == "instruction" else slice(1, 2)  # a description looks at the target only
+    cases = sorted({(r["grid"], order[seen]) for r in accepted for order in orders(r)})  # each once
+    answers = ask(*model, [[panels[n][k] for k in shown] for n, shown in cases], QUESTION_FOR[args.caption],
+                  args.batch_size, 100)
+    texts = {case: " ".join(answer.split()) for case, answer in zip(cases, answers)}
+    for r in accepted:
+        r["captions"] = {str(order[1]): texts[r["grid"], order[seen]] for order in orders(r)}
 
 
 # ---- what is written from the transcripts ----------------------------------------------------------------------------
 def metadata(records):
     """One line for each accepted ordered pair; columns ending in `_file_name` become images in `imagefolder`."""
-    for r in (r for r in records if r["verdict"] == "yes"):
-        for a, b in (r["panels"], r["panels"][::-1]):
-            if r["captions"].get(str(b)):
+    for r in records:
+        for a, b in orders(r):
+            if r["verdict"] == "yes" and r["captions"].get(str(b)):
                 yield {"reference_file_name": panel_file(r["grid"], a), "target_file_name": panel_file(r["grid"], b),
                        "prompt": r["captions"][str(b)], "subject": r["subject"], "family": r["family"],
                        "grid": r["grid"], "reference_panel": a, "target_panel": b}
@@ -192,8 +190,7 @@ def summarise(records, pairs, args):
 
     return {"grids": sum(1 for _ in itertools.groupby(r["grid"] for r in records)), "training_pairs": len(pairs),
             **count(*families), "by_family": {family: count(family) for family in families},
-            "vlm": dsd.name_of(args.vlm), "caption": args.caption,
-            "tolerance": args.tolerance}
+            "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance}
 
 
 def sheet(records, accepted, out, name, seed, count=24):
@@ -216,11 +213,9 @@ def read_grids(args):
     if not path.exists():
         raise dsd.DsdError(f"no {path}; run generate_grids.py first, or say where its output is with --grids")
     records = dsd.read_records(path, file=str, prompt=str, subject=str, family=str, rows=int, columns=int)[:args.limit]
-    numbers = dsd.distinct(records, "file")
+    numbers = dsd.distinct(records, "grids", "file")
     if not numbers or not all(1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8 for grid in records):
         raise dsd.DsdError(f"{path}: no grids, or not of 1 to 8 rows and columns; run generate_grids.py again")
-    if len(numbers) < len(records):
-        print(f"{path}: {len(records) - len(numbers)} grids are listed twice and count once", file=sys.stderr)
     return dsd.Lazy(len(numbers), lambda i: (numbers[i], records[numbers[i]]))
 
 
@@ -246,20 +241,16 @@ def read_transcripts(path, batches):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
-    add = parser.add_argument
-    add("--grids", type=Path, default=Path("runs/grids"), help="folder that generate_grids.py wrote")
-    add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="an image-text-to-text folder or hub name (default: the miniature)")
-    add("--out", type=Path, default=Path("runs/pairs"))
+    parser = dsd.Parser(__doc__, "runs/pairs", "vlm", "quantize")
+    add, setting = parser.add_argument, parser.setting
+    add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote (default: %(default)s)")
     add("--caption", choices=QUESTION_FOR, default="description", help="what the caption tells")
-    add("--tolerance", type=int, help="parts that may differ in the VLM's comparison of an accepted pair "
-        "(default: the VLM's dsd.json, else 0: the VLM's own verdict)")
-    add("--batch_size", type=int, help="pairs asked about at once")
-    add("--limit", type=int, help="use only so many grids")
-    add("--seed", type=int, help="chooses what the contact sheets show; verdicts are greedy")
-    dsd.add_memory_flags(parser)
+    setting("tolerance", 0, "parts that may differ in the comparison of an accepted pair; 0: the VLM's own verdict")
+    setting("batch_size", 64, "pairs asked about at once")
+    setting("limit", 10**9, "use only so many grids")
+    setting("seed", 0, "chooses what the contact sheets show; verdicts are greedy")
     args = parser.parse_args()
-    vars(args).update(dsd.model_settings(args.vlm, "curate", args, tolerance=0, batch_size=64, limit=10**9, seed=0))
+    vars(args).update(dsd.model_settings(args.vlm, "curate", args, **parser.defaults))
     return args
 
 
@@ -272,11 +263,10 @@ def main():
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
     batches = dsd.Lazy(math.ceil(len(grids) / at_once), lambda i: dict(grids[i * at_once:(i + 1) * at_once]))
     with state.main_process_first():
-        if main:
-            dsd.open_out(args.out, {
-                "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
-                "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None}, FILES, args.overwrite)
-            (args.out / "images").mkdir(exist_ok=True)
+        dsd.open_out(args.out, {
+            "step": "curate", "vlm": dsd.name_of(args.vlm), "caption": args.caption, "tolerance": args.tolerance,
+            "quantize": args.quantize, "grids": dsd.read_json(source) if source.exists() else None},
+            FILES, args.overwrite)
         waiting, records = read_transcripts(path, batches)
     count, model = len(records), load_vlm(args.vlm, args.quantize) if waiting else None
     for start in tqdm(range(0, len(waiting), each), desc="curate", unit="batch", disable=not main):

@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import operator
@@ -27,6 +26,7 @@ import resource
 import sys
 import textwrap
 import unicodedata
+from itertools import accumulate
 from pathlib import Path
 
 import diffusers
@@ -36,6 +36,7 @@ import transformers
 from accelerate import PartialState
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -124,11 +125,7 @@ def cut_grid(image, rows=2, columns=2):
 
 def build_grid(panels, rows=2, columns=2):
     """Panels in reading order -> one grid image, the inverse of `cut_grid`."""
-    w, h = panels[0].size
-    grid = Image.new("RGB", (columns * w, rows * h))
-    for i, panel in enumerate(panels):
-        grid.paste(panel, (i % columns * w, i // columns * h))
-    return grid
+    return make_image_grid(panels, rows, columns)
 
 
 def to_pixels(images):
@@ -194,7 +191,6 @@ def save_adapter(transformer, folder, dtype=torch.float32):
     tensors = {f"transformer.{name}": t.to("cpu", dtype).contiguous() for name, t in lora_state(transformer).items()}
     about = {f"transformer.{name}": value for name, value in config.items()}
     about["sha256"] = checksum(tensors, about)
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with writing(Path(folder) / ADAPTER_FILE) as part:
         save_file(tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)})
 
@@ -220,7 +216,7 @@ def load_adapter(pipe, folder):
     folder, file = Path(folder), adapter_file(folder)
     if (folder / "transformer").is_dir():
         load_released_transformer(pipe.transformer, folder / "transformer")
-    try:
+    with explained(f"the adapter in {folder} does not fit this model"):  # wrong shapes, a cut file, foreign names
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         tensors = load_file(file)
@@ -230,22 +226,18 @@ def load_adapter(pipe, folder):
         ours = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.") and "lora_" in name}
         if lost := ours - set(lora_state(pipe.transformer)):  # diffusers leaves out what it does not know
             raise ValueError(f"{len(lost)} of its layers, {min(lost)} for one, have no place in it")
-    except Exception as error:  # diffusers raises many kinds here: wrong shapes, a cut file, foreign names
-        raise DsdError(f"the adapter in {folder} does not fit this model: {one_line(error)}") from None
 
 
 def load_released_transformer(transformer, folder):
     """The authors' layout: `x_embedder` and `c_embedder` (R) become one embedder, weights side by side, biases added."""
     state = {}
-    try:
+    with explained(f"{folder}: not a released DSD transformer for this model"):  # cut, no c_embedder, another size
         for file in sorted(Path(folder).glob("*.safetensors")):
             state |= load_file(file)
         weights, biases = ([state.pop(f"{name}.{kind}") for name in ("x_embedder", "c_embedder")]
                            for kind in ("weight", "bias"))
         state |= {"x_embedder.weight": torch.cat(weights, dim=1), "x_embedder.bias": sum(biases)}  # (width, 128)
         widen(transformer).load_state_dict(state)
-    except Exception as error:  # a cut file, no c_embedder, weights of another size
-        raise DsdError(f"{folder}: not a released DSD transformer for this model: {one_line(error)}") from None
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -354,13 +346,11 @@ def check_model(model, **sides):
     pixels, that do not fill its tokens. Returns how many channels the transformer's layers have."""
     if not on_hub(model) and not (Path(model) / "model_index.json").exists():
         raise DsdError(f"no FLUX model at {model} (model_index.json missing); give a diffusers folder or a hub name")
-    try:
+    with explained(f"cannot load {model}"):  # a folder copied in half, a gated model
         kind = FluxPipeline.load_config(model)["_class_name"]
         vae, transformer = (FluxTransformer2DModel.load_config(model, subfolder=p) for p in ("vae", "transformer"))
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
         channels, width = transformer["in_channels"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    except Exception as error:  # a folder copied in half, a gated model
-        raise DsdError(f"cannot load {model}: {one_line(error)}") from None
     if kind != "FluxPipeline" or channels != 64:
         raise DsdError(f"{model} is a {kind} of {channels} channels; the teacher must be a FluxPipeline of 64")
     for name, side in sides.items():
@@ -377,11 +367,9 @@ def load_pipeline(cls, model, quantize="none", offload="none", **parts):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # what matters is checked and said here
-    try:
-        dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **quantization(quantize, parts), **parts)
-    except Exception as error:  # a cut file, a missing part: many kinds, one answer
-        raise DsdError(f"cannot load {model} as {cls.__name__}: {one_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     file = Path(model) / "dsd.json"
     if cls is FluxControlPipeline and file.exists():  # * a canvas' prompt is shorter than a grid's: fewer tokens, faster
@@ -433,14 +421,6 @@ def peak_memory():
 
 
 # ---- large models on the machine at hand -----------------------------------------------------------------------------
-def add_memory_flags(parser, offload=False):
-    """--quantize, and --offload where the script can."""
-    parser.add_argument("--quantize", choices=BYTES, default="none", help="weights of 8 or 4 bits; needs bitsandbytes")
-    if offload:
-        parser.add_argument("--offload", choices=["none", "model", "group", "sequential"], default="none", help="weights "
-                            "wait in main memory: whole models at a time, groups of layers, single layers (slowest)")
-
-
 def check_machine(args, flux=(), language=None):
     """Refuse what this machine cannot do. flux: the parts of args.model that share a GPU; language: another model."""
     cuda, offload = device() == "cuda", getattr(args, "offload", "none")
@@ -450,11 +430,12 @@ def check_machine(args, flux=(), language=None):
         raise DsdError(f"--quantize {args.quantize} needs bitsandbytes: pip install bitsandbytes")
     if args.quantize != "none" and offload in ("group", "sequential"):
         raise DsdError(f"--quantize {args.quantize} goes with --offload model or none")
-    flux_1 = [FLUX_1[part] for part in flux if on_hub(args.model)]  # of a folder none is too large: its owner has seen it
-    gb = [parameters * (BYTES[args.quantize] if cuda else 4) / 1e9 for parameters in flux_1]
-    check_memory(getattr(args, "model", None), {"none": sum(gb), "model": max(gb, default=0)}.get(offload, 0), cuda)
-    if language and (size := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())) and on_hub(language):
-        check_memory(language, float(size[1]) * (BYTES[args.quantize] if cuda else 4), cuda)
+    each = BYTES[args.quantize] if cuda else 4
+    if flux and on_hub(args.model):  # of a folder none is too large: its owner has seen it
+        gb = [FLUX_1[part] * each / 1e9 for part in flux]
+        check_memory(args.model, {"none": sum(gb), "model": max(gb)}.get(offload, 0), cuda)
+    if language and on_hub(language) and (billions := re.search(r"(\d+(?:\.\d+)?)b\b", Path(language).name.lower())):
+        check_memory(language, float(billions[1]) * each, cuda)
 
 
 def check_memory(name, gb, cuda):
@@ -469,14 +450,14 @@ def check_memory(name, gb, cuda):
         raise DsdError(f"{name} needs about {gb + WORKING:.0f} GB and {place} has {has:.0f} GB; {advice}")
 
 
+BITS = {"int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": torch.bfloat16}}
+
+
 def bits(library, kind, **more):
     """The configuration of `library` (diffusers or transformers) for nf4 or int8 weights, None for "none"."""
-    if kind == "none":
-        return None
-    how = {"load_in_8bit": True} if kind == "int8" else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16}
-    return library.BitsAndBytesConfig(**how, **more)
+    return None if kind == "none" else library.BitsAndBytesConfig(**BITS[kind], **more)
 
 
 def quantization(kind, left_out):
@@ -521,7 +502,7 @@ def processes():
 def open_image(path):
     """Any picture file as RGB: turned as its EXIF says, transparency composed on white, 16 bits scaled to 8, of an
     animation the first frame."""
-    try:
+    with explained(f"{path}: not an image that can be read; give a PNG or JPEG file"):
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums; it closes the file
         with Image.open(path) as image:
@@ -534,8 +515,6 @@ def open_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:  # what a damaged file raises depends on the place of the damage
-        raise DsdError(f"{path}: not an image that can be read ({one_line(error)}); give a PNG or JPEG file") from None
 
 
 def save_image(image, path, **options):
@@ -552,15 +531,11 @@ def fit_panel(image, width, height):
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
     rows = [[labelled(image, caption, side) for image, caption in row] for row in rows]
-    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows),
-                              sum(max(cell.height for cell in row) for row in rows)), "white")
-    y = 0
-    for row in rows:
-        x = 0
-        for cell in row:
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (max(sum(cell.width for cell in row) for row in rows), sum(heights)), "white")
+    for row, y in zip(rows, accumulate(heights, initial=0)):
+        for cell, x in zip(row, accumulate((cell.width for cell in row), initial=0)):
             sheet.paste(cell, (x, y))
-            x += cell.width
-        y += max(cell.height for cell in row)
     save_image(sheet, path)
 
 
@@ -584,18 +559,51 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+@contextlib.contextmanager
+def explained(message, *kinds):
+    """`with explained(message):` any error in it, or one of `kinds`, becomes a DsdError: the message, and what it says.
+
+    What a damaged file raises depends on the place of the damage: many kinds, one answer."""
+    try:
+        yield
+    except DsdError:
+        raise
+    except kinds or Exception as error:
+        raise DsdError(f"{message} ({one_line(error)})") from None
+
+
+SHARED = {  # options that several scripts have
+    "model": {"default": MINIATURE / "flux", "help": "the teacher: FLUX folder or hub name (default: the miniature)"},
+    "vlm": {"default": str(MINIATURE / "vlm"), "help": "an image-text-to-text folder or hub name (default: the miniature)"},
+    "quantize": {"choices": BYTES, "default": "none", "help": "weights of 8 or 4 bits; needs bitsandbytes"},
+    "offload": {"choices": ["none", "model", "group", "sequential"], "default": "none", "help": "weights wait in main "
+                "memory: whole models at a time, groups of layers, single layers (slowest)"},
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """A script's options, with those that all scripts share. A mistake in them is one line, like all others."""
+    """A script's options: those that all have, and some of SHARED. A mistake in them is one line, like all others."""
 
     device = None  # as --device chose
 
-    def __init__(self, doc):
+    def __init__(self, doc, out, *shared):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.defaults = {}  # of the settings
+        for name in shared:
+            self.add_argument(f"--{name}", **SHARED[name])
+        self.add_argument("--out", type=Path, default=out, help="folder for what is made (default: %(default)s)")
         self.add_argument("--overwrite", action="store_true", help="if --out holds another run, delete that one first")
         self.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
 
     def error(self, message):
         raise DsdError(f"{message}; --help explains the options")
+
+    def setting(self, name, default, help, **more):
+        """An option of the default's kind. A model's folder may bring a default of its own (see `model_settings`)."""
+        first = default[0] if isinstance(default, list) else default
+        kind = {"action": "store_true", "default": None} if default is False else {"type": type(first)}
+        self.defaults[name] = default
+        self.add_argument(f"--{name}", help=f"{help} (default: {default})", **kind, **more)
 
     def parse_args(self):
         args = super().parse_args()
@@ -658,12 +666,14 @@ LOCKS = {}  # output folder -> its open lock file; closing it, or the end of the
 
 
 def open_out(folder, run, files, overwrite=False):
-    """Make an output folder, for this process alone, and note in its settings.json which run it holds.
+    """Make an output folder, for this run alone, and note in its settings.json which one it is (the main process does).
 
     run: the script ("step") and all that decides what the folder will hold; files: patterns of what it writes there.
     Refused: a folder in use, one with files of unknown origin, and one with another run of this script unless `overwrite`
     says to delete its `files`. A run that goes on finds its own settings."""
     folder, run = Path(folder), json.loads(json.dumps(run))
+    if not processes().is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in LOCKS:
         lock = open(folder / ".lock", "a")
@@ -692,13 +702,13 @@ def writing(path):
     """`with writing(path) as part:` fills the file `part`, which then takes the place of `path`: nobody sees half a file,
     and a full disk leaves `path` as it was."""
     part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+        with explained(f"cannot write {path}; make room or give another --out", OSError, SafetensorError):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -714,15 +724,20 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(data, source, **fields):
+    """The JSON object in `data` (bytes), which must have these fields: name=type. `source` says where it is from."""
+    with explained(f"{source}: not a JSON file of this project; restore or delete it", ValueError, RecursionError):
+        value = json.loads(data.decode())
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        if odd := [name for name, kind in fields.items() if not isinstance(value.get(name), kind)]:
+            raise ValueError(f"no {fields[odd[0]].__name__} called {odd[0]}")
+        return value
+
+
 def read_json(path):
     """The object in a JSON file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DsdError(f"{path}: not a JSON file ({one_line(error)}); restore it or delete it") from None
-    if not isinstance(value, dict):
-        raise DsdError(f"{path}: must hold a JSON object; restore it or delete it")
-    return value
+    return parse_json(Path(path).read_bytes(), path)
 
 
 def write_records(path, records):
@@ -743,12 +758,13 @@ def append_records(path, records):
             end = file.read().rfind(b"\n") + 1
             file.truncate(end)
         try:
-            if file.write(data) < len(data):
-                raise OSError("no space left on the device")
-            os.fsync(file.fileno())
-        except OSError as error:
+            with explained(f"cannot write {path}; make room or give another --out", OSError):
+                if file.write(data) < len(data):
+                    raise OSError("no space left on the device")
+                os.fsync(file.fileno())
+        except DsdError:
             file.truncate(end)
-            raise DsdError(f"cannot write {path}: {one_line(error)}; make room or give another --out") from None
+            raise
 
 
 class Lazy(collections.abc.Sequence):
@@ -773,39 +789,32 @@ def read_records(path, **fields):
 
     A half-written last line is left out, with a notice. fields: name=type of what every record must have, or the file is
     refused."""
-    starts, lines = array.array("Q", [0]), open(path, "rb") if Path(path).exists() else io.BytesIO()
+    if not Path(path).exists():
+        return Lazy(0, None)
+    starts = array.array("Q", [0])  # of the lines in the file
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                print(f"{path}: left out a half-written last line", file=sys.stderr)
+                break
+            parse_json(line, f"{path}, line {number}", **fields)
+            starts.append(starts[-1] + len(line))
 
     def record(i):
         with open(path, "rb") as file:
             file.seek(starts[i])
             return json.loads(file.read(starts[i + 1] - starts[i]))
-
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            print(f"{path}: left out a half-written last line", file=sys.stderr)
-            break
-        try:
-            read = json.loads(line.decode())
-            odd = [name for name, kind in fields.items() if not isinstance(read[name], kind)]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            odd = [one_line(error)]
-        if odd or not isinstance(read, dict):
-            reason = f" ({odd[0]})" if odd else ""
-            raise DsdError(f"{path}, line {number}: not a record of this project{reason}; restore the file or make it again")
-        starts.append(starts[-1] + len(line))
-    lines.close()
     return Lazy(len(starts) - 1, record)
 
 
-def distinct(records, *fields):
-    """The numbers of the records that are the first with these values."""
-    numbers, known = array.array("Q"), set()
+def distinct(records, what, *fields):
+    """The numbers of the records that are the first with these values; how many are not is said, as `what`."""
+    first = {}
     for number, record in enumerate(records):
-        value = hash(tuple(record[name] for name in fields))  # the values themselves would take memory
-        if value not in known:
-            numbers.append(number)
-        known.add(value)
-    return numbers
+        first.setdefault(hash(tuple(record[name] for name in fields)), number)  # hashes: values would take memory
+    if len(first) < len(records):
+        print(f"{len(records) - len(first)} {what} are listed twice and count once", file=sys.stderr)
+    return array.array("Q", first.values())
 
 
 def inside(folder, name):
@@ -841,7 +850,7 @@ def load_checkpoint(path, parameters, optimizer, ema):
     """Restore what `save_checkpoint` wrote; returns the next step, 0 if there is no checkpoint."""
     if not Path(path).exists():
         return 0
-    try:
+    with explained(f"{path}: not a checkpoint of this run; delete it to start again"):
         tensors = load_file(path)
         for i, p in enumerate(parameters):
             p.data.copy_(tensors[f"{i}.p"])
@@ -852,5 +861,3 @@ def load_checkpoint(path, parameters, optimizer, ema):
         if ema:
             ema.optimization_step = int(tensors["ema_steps"])
         return int(tensors["step"])
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise DsdError(f"{path}: not a checkpoint of this run ({one_line(error)}); delete it to start again") from None

@@ -35,11 +35,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from diffusers import (FluxControlInpaintPipeline, FluxControlPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline,
                        FluxPipeline)
 from diffusers.training_utils import cast_training_params
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from PIL import Image
 from tqdm import tqdm
@@ -48,9 +48,6 @@ import curate
 import dsd
 import sample
 from miniature import exams
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 SEARCH, SEARCH_COUNT = 100_000, 8  # number of the first reference for searching settings; the table never shows them
 FILES = ["[0-9]*.png", "scores.jsonl", "seconds.jsonl", "*.part"]  # what a row's folder holds
@@ -81,10 +78,8 @@ def folder_cases(folder, limit, seed, size):
     cases = []
     for number, file in enumerate(files[:limit]):
         path = (folder / "captions" / file.relative_to(folder / "images")).with_suffix(".txt")
-        try:
+        with dsd.explained(f"{path}: wanted the subject's name and then a prompt a line"):
             subject, *prompts = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
-        except (OSError, ValueError) as error:
-            raise dsd.DsdError(f"{path}: wanted the subject's name and then a prompt a line ({error})") from None
         image = dsd.fit_panel(dsd.open_image(file), *size)
         for k, prompt in enumerate(prompts):
             sheet = f"two images of the identical {subject} side by side: left a {subject}, right {prompt}"
@@ -492,7 +487,8 @@ def write_table(rows, results, times, out, command):
 
 def draw_scatter(rows, results, path, keys):
     """CP against PF with their intervals, a number a row; grey lines join points of the same product."""
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.5))
+    figure = Figure(figsize=(8.5, 5.5))
+    axes = figure.subplots()
     pf = torch.linspace(0.02, 1, 100)
     for product in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         axes.plot(pf, product / pf, color="0.9", linewidth=1, zorder=0)
@@ -507,7 +503,6 @@ def draw_scatter(rows, results, path, keys):
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     with dsd.writing(path) as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def draw_sheet(rows, records, cases, out):
@@ -531,7 +526,7 @@ def timing(row, cases, out):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args():
-    parser = dsd.Parser(__doc__)
+    parser = dsd.Parser(__doc__, "runs/evaluate", "model", "vlm")
     add = parser.add_argument
     add("--full", action="store_true", help="all rows; also searches settings and trains the ablations")
     add("--rows", nargs="+", metavar="WORD", help="only rows of these names, or whose name or group contains one of these words")
@@ -539,16 +534,13 @@ def parse_args():
     add("--prompts", type=int, default=4, help="new contexts for each reference, beside one of other light (default: 4)")
     add("--tuned_references", type=int, help="how many of them DreamBooth-LoRA is tuned to (default: all)")
     add("--folder", type=Path, help="a folder in DreamBench++'s layout, instead of the world's references")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
     add("--adapter", type=Path, help="what DSD uses (default: the one shipped with the model)")
     add("--judge", default=dsd.MINIATURE / "judge", help="image classifier folder (default: the miniature's)")
-    add("--vlm", default=str(dsd.MINIATURE / "vlm"), help="vision-language model, the second judge")
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote; the ablations learn from it")
     add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote; for the ablation without curation")
     add("--ablation_steps", type=int, help="training steps of every ablation (default: finetune.py's)")
     add("--steps", type=int, help="Euler steps of every method")
     add("--seed", type=int, default=0, help="of references, prompts and noise")
-    add("--out", type=Path, default="runs/evaluate", help="default: %(default)s")
     return parser.parse_args()
 
 

@@ -15,25 +15,21 @@ last checkpoint.
 
 import contextlib
 import math
-import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy
 import torch
 from accelerate import Accelerator
 from diffusers import FluxControlPipeline
 from diffusers.training_utils import EMAModel, cast_training_params
-from safetensors import SafetensorError, safe_open
+from matplotlib.figure import Figure
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dsd
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 SHARD = 256  # pairs a cache file
 FILES = [dsd.ADAPTER_FILE, "checkpoint.safetensors", "log.jsonl", "loss.png", "summary.json", "cache/*", "validation/*",
@@ -47,13 +43,10 @@ def read_pairs(folder):
     records = dsd.read_records(path, reference_file_name=str, target_file_name=str, prompt=str)
     for number, record in enumerate(records, 1):
         dsd.check_text(record["prompt"], f"{path}, line {number}, prompt")
-    numbers = dsd.distinct(records, "reference_file_name", "target_file_name", "prompt")
-    pairs = dsd.Lazy(len(numbers), lambda i: records[numbers[i]])
-    if not pairs:
+    numbers = dsd.distinct(records, "pairs", "reference_file_name", "target_file_name", "prompt")
+    if not numbers:
         raise dsd.DsdError(f"no pairs in {folder}; run curate.py first, or give --pairs")
-    if len(pairs) < len(records):
-        print(f"{path}: {len(records) - len(pairs)} pairs are listed twice and count once", file=sys.stderr)
-    return pairs
+    return dsd.Lazy(len(numbers), lambda i: records[numbers[i]])
 
 
 def load_canvas(folder, pairs, size):
@@ -64,11 +57,13 @@ def load_canvas(folder, pairs, size):
     return [dsd.to_pixels(side) for side in images]
 
 
-def encode_pairs(pipe, pairs, folder, size, cache, frames=2, process=0, processes=1):
+def encode_pairs(pipe, pairs, folder, size, cache, frames=2):
     """Encode what is not in `cache` yet, SHARD pairs a file: canvas and condition latents, prompt embeddings.
 
     With one frame (an ablation) the target is the whole canvas and the reference its condition."""
-    for start in tqdm(range(0, len(pairs), SHARD)[process::processes], desc="encode", disable=process > 0 or None):
+    state = dsd.processes()  # which share the files
+    starts = range(0, len(pairs), SHARD)[state.process_index::state.num_processes]
+    for start in tqdm(starts, desc="encode", disable=not state.is_main_process):
         path = cache / f"{start:08d}.safetensors"
         if path.exists():
             continue
@@ -98,10 +93,8 @@ class Cache:
 
     def shard(self, i):
         """The file that pair i is in, open for as long as it is used."""
-        try:
+        with dsd.explained(f"{self.cache}: delete this folder, it is made again"):
             return safe_open(self.cache / f"{i - i % SHARD:08d}.safetensors", framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise dsd.DsdError(f"{self.cache}: {dsd.one_line(error)}; delete this folder, it is made again") from None
 
     def batch(self, indices):
         """x_0 and condition (B, N, 64), text = (embeds (B, L, D), pooled (B, P))."""
@@ -206,13 +199,10 @@ def attention(device):
 @torch.no_grad()
 def culprits(batches, losses_of):
     """The pairs of this process whose own loss is not a number, by the target's file name; all if each alone is fine."""
-    bad, every = [], []
-    for pairs, *tensors in batches:
-        for k, pair in enumerate(pairs):
-            every.append(pair["target_file_name"])
-            if not losses_of([None, *(t[k:k + 1] for t in tensors)])[0].isfinite():
-                bad.append(pair["target_file_name"])
-    return ", ".join(dict.fromkeys(bad or every))
+    losses = [(pair["target_file_name"], losses_of([None, *(t[k:k + 1] for t in tensors)])[0])
+              for pairs, *tensors in batches for k, pair in enumerate(pairs)]
+    bad = [name for name, loss in losses if not loss.isfinite()]
+    return ", ".join(dict.fromkeys(bad or [name for name, _ in losses]))
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -232,47 +222,40 @@ def draw_losses(out, window=25):
     """loss.png: both frames' losses, averaged over `window` steps."""
     log = dsd.read_records(out / "log.jsonl", frame_1=float, frame_2=float)
     k = min(window, len(log))
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for name, label in (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)")):
         axes.plot(range(k, len(log) + 1), numpy.convolve([r[name] for r in log], [1 / k] * k, "valid"), label=label)
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
     axes.legend()
     with dsd.writing(out / "loss.png") as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args():
-    parser = dsd.Parser(__doc__)
-    add = parser.add_argument
+    parser = dsd.Parser(__doc__, "runs/adapter", "model", "quantize")
+    add, setting = parser.add_argument, parser.setting
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote (default: %(default)s)")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/adapter", help="where the adapter goes (default: %(default)s)")
-    add("--steps", type=int, help="optimiser steps")
-    add("--rank", type=int, help="rank of the LoRA; the paper's is 512")
-    add("--batch_size", type=int, help="pairs a step, over all processes")
-    add("--accumulate", type=int, help="backward passes a step; the batch is so many times larger")
-    add("--learning_rate", type=float)
-    add("--condition_lr_factor", type=float, help="the condition columns learn so much faster: they start from zero")
-    add("--lora_lr_factor", type=float, help="ablation: 0 trains the condition columns alone")
-    add("--frame_weights", type=float, nargs=2, help="weights of the losses of frame 1 and frame 2")
-    add("--frames", type=int, choices=[1, 2], help="ablation: 1 is the edit alone, conditioned by its channels only")
-    add("--ema", type=float, help="decay of the averaged weights, 0 is off")
-    add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more time")
-    add("--compile", action="store_true", default=None, help="compile the blocks: a minute, and then faster steps")
-    dsd.add_memory_flags(parser)
-    add("--precision", choices=["bf16", "no"], help="of the arithmetic; the LoRA itself is kept in float32")
-    add("--save_every", type=int, help="steps between checkpoints")
-    add("--validate_every", type=int, help="steps between validation pictures")
-    add("--seed", type=int, help="of data order, noise and LoRA initialisation")
+    setting("steps", 10_000, "optimiser steps")
+    setting("rank", 64, "rank of the LoRA; the paper's is 512")
+    setting("batch_size", 1, "pairs a step, over all processes")
+    setting("accumulate", 1, "backward passes a step; the batch is so many times larger")
+    setting("learning_rate", 1e-4, "of AdamW, after a warm-up")
+    setting("condition_lr_factor", 5.0, "the condition columns learn so much faster: they start from zero")
+    setting("lora_lr_factor", 1.0, "ablation: 0 trains the condition columns alone")
+    setting("frames", 2, "ablation: 1 is the edit alone, conditioned by its channels only", choices=[1, 2])
+    setting("frame_weights", [1.0, 1.0], "weights of the losses of frame 1 and frame 2", nargs=2)
+    setting("ema", 0.0, "decay of the averaged weights, 0 is off")
+    setting("gradient_checkpointing", False, "less memory, a third more time")
+    setting("compile", False, "compile the blocks: a minute, and then faster steps")
+    setting("precision", "bf16", "of the arithmetic; the LoRA itself is kept in float32", choices=["bf16", "no"])
+    setting("save_every", 250, "steps between checkpoints")
+    setting("validate_every", 500, "steps between validation pictures")
+    setting("seed", 0, "of data order, noise and LoRA initialisation")
     args = parser.parse_args()
-    return args, dsd.model_settings(
-        args.model, "finetune", args, steps=10_000, rank=64, batch_size=1, accumulate=1, learning_rate=1e-4,
-        condition_lr_factor=5.0, lora_lr_factor=1.0, frames=2, frame_weights=[1.0, 1.0], condition_dropout=0.1,
-        prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, ema=0.0, gradient_checkpointing=False,
-        compile=False, quantize="none", precision="bf16",
-        save_every=250, validate_every=500, seed=0)
+    return args, dsd.model_settings(args.model, "finetune", args, **parser.defaults, condition_dropout=0.1,
+                                    prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, quantize="none")
 
 
 def check(args, settings, pairs, processes):
@@ -296,19 +279,15 @@ def main():
     accelerator = Accelerator(mixed_precision=settings["precision"], cpu=dsd.device() == "cpu")
     pairs = read_pairs(args.pairs)
     size = check(args, settings, pairs, accelerator.num_processes)
-    if accelerator.is_main_process:
+    with accelerator.main_process_first():
         dsd.open_out(args.out, {"step": "finetune", **settings, "model": dsd.name_of(args.model),
                                 "pairs": dsd.file_digest(args.pairs / "metadata.jsonl")}, FILES, args.overwrite)
-        for folder in ("cache", "validation"):
-            (args.out / folder).mkdir(exist_ok=True)
 
     # phase 1: encode, then drop the encoders
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, (pair["prompt"] for pair in pairs))
-    accelerator.wait_for_everyone()  # for the folder
-    encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"], accelerator.process_index,
-                 accelerator.num_processes)
+    encode_pairs(pipe, pairs, args.pairs, size, args.out / "cache", settings["frames"])
     accelerator.wait_for_everyone()  # for all of the cache
     null_text = dsd.encode_prompts(pipe, [""])
     validate = make_validation(pipe, pairs, size, args, settings, accelerator)

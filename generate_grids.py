@@ -79,11 +79,8 @@ def grid_prompt(grammar, family, subject, scene, settings, panel_prompts):
 
 def file_prompts(path, grammar):
     """Grids from a file: a line is "subject | setting | setting | setting | setting", blank lines are skipped."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise dsd.DsdError(f"--prompts {path}: {dsd.one_line(error)}; give a UTF-8 text file") from None
+    with dsd.explained(f"--prompts {path}: give a UTF-8 text file"), open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file]
     grids = {}
     for number, line in enumerate(lines, 1):
         if line in grids:
@@ -113,12 +110,10 @@ def ask_llm(name, path, seed, quantize="none", references=REFERENCES):
     """Yield a chat model's answers without end: first those that `path` holds, then new ones, which are added there."""
     old = dsd.read_records(path, answer=str)
     yield from (record["answer"] for record in old)
-    try:
+    with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):  # or none at all, or without a template
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
         model = dsd.language_model(AutoModelForCausalLM, name, quantize, "auto")
-    except Exception as error:  # no such folder, another kind of model, no chat template: many kinds, one answer
-        raise dsd.DsdError(f"--llm {name}: not a chat model that can be loaded: {dsd.one_line(error)}") from None
     for attempt in itertools.count(len(old)):
         torch.manual_seed(seed * 1_000_003 + attempt)  # an answer depends on its number, not on how often we stopped
         some = random.Random(seed * 1_000_003 + attempt).sample(references, min(3, len(references)))
@@ -181,27 +176,23 @@ def draw_grids(pipe, grids, settings):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
-    add, source = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--model", default=dsd.MINIATURE / "flux", help="FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/grids", help="where the grids go (default: %(default)s)")
-    add("--count", type=int, help="how many grids (default: the model's dsd.json, else 100)")
+    parser = dsd.Parser(__doc__, "runs/grids", "model", "quantize", "offload")
+    add, setting, source = parser.add_argument, parser.setting, parser.add_mutually_exclusive_group().add_argument
+    setting("count", 100, "how many grids")
     add("--family", choices=["both", "subject", "relight"], default="both",
         help="subject: new settings; relight: one scene in other light; both: two to one")
     source("--prompts", help="text file, a line a grid: subject | setting | setting | setting | setting")
     source("--llm", help="chat model (folder or hub name) that invents subjects and settings")
-    add("--seed", type=int)
-    add("--batch_size", type=int, help="grids drawn together; changes speed and memory, not the grids")
-    add("--steps", type=int, help="Euler steps of the sampler")
-    add("--guidance_scale", type=float, help="distilled guidance, for models that have it")
-    add("--true_cfg_scale", type=float, help="prompt guidance with a second pass; 1 is off")
-    add("--panel", type=int, help="side of a panel in pixels")
+    setting("batch_size", 1, "grids drawn together; changes speed and memory, not the grids")
+    setting("steps", 28, "Euler steps of the sampler")
+    setting("panel", 512, "side of a panel in pixels")
+    setting("guidance_scale", 3.5, "distilled guidance, for models that have it")
+    setting("true_cfg_scale", 1.0, "prompt guidance with a second pass; 1 is off")
+    setting("seed", 0, "of prompts and noise")
     add("--width", type=int, help="of a panel that is not square")
     add("--height", type=int, help="of a panel that is not square")
-    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
-    settings = dsd.model_settings(args.model, "generate_grids", args, count=100, batch_size=1, steps=28, panel=512,
-                                  guidance_scale=3.5, true_cfg_scale=1.0, seed=0, grammar=GRAMMAR)
+    settings = dsd.model_settings(args.model, "generate_grids", args, **parser.defaults, grammar=GRAMMAR)
     sides = dict.fromkeys(["width", "height"], settings["panel"])
     settings |= dsd.model_settings(args.model, "generate_grids", args, **sides)
     return args, settings
@@ -214,12 +205,11 @@ def main():
     listed = file_prompts(args.prompts, settings["grammar"]) if args.prompts else None
     state = dsd.processes()
     with state.main_process_first():  # the others find the folder made, and a chat model's answers in it
-        if state.is_main_process:
-            dsd.open_out(args.out, {
-                "step": "generate_grids", "model": dsd.name_of(args.model), "family": args.family, "llm": args.llm,
-                "quantize": args.quantize, "prompts": args.prompts and dsd.file_digest(args.prompts),
-                **{name: value for name, value in settings.items() if name not in ("count", "batch_size")}},
-                FILES, args.overwrite)
+        dsd.open_out(args.out, {
+            "step": "generate_grids", "model": dsd.name_of(args.model), "family": args.family, "llm": args.llm,
+            "quantize": args.quantize, "prompts": args.prompts and dsd.file_digest(args.prompts),
+            **{name: value for name, value in settings.items() if name not in ("count", "batch_size")}},
+            FILES, args.overwrite)
         grids = plan(args, settings, listed)  # before the pipeline: a chat model needs its memory
     done = dsd.read_records(args.out / "grids.jsonl")
     if done[:len(grids)] != grids[:len(done)]:

@@ -87,28 +87,24 @@ def save(image, path, case, settings):
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__)
-    add = parser.add_argument
+    parser = dsd.Parser(__doc__, "runs/samples", "model", "quantize", "offload")
+    add, setting = parser.add_argument, parser.setting
     add("--image", nargs="+", type=Path, help="reference pictures (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors (default: see above)")
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: FLUX folder or hub name (default: the miniature)")
-    add("--out", type=Path, default="runs/samples", help="where the pictures go (default: %(default)s)")
-    add("--image_guidance", type=float, help="s_i: how strongly to follow the reference; 1 costs no extra pass")
-    add("--text_guidance", type=float, help="s_t: how strongly to follow the prompt; 1 costs no extra pass")
-    add("--guidance_scale", type=float, help="distilled guidance, for models that have it")
-    add("--unguided_steps", type=int, help="first steps without image and text guidance")
-    add("--steps", type=int, help="Euler steps")
-    add("--seed", nargs="+", type=int, help="one or more")
-    add("--width", type=int, help="of the picture, in pixels")
-    add("--height", type=int, help="of the picture, in pixels")
-    add("--batch_size", type=int, help="pictures drawn together; changes speed and memory, not the pictures")
+    setting("steps", 28, "Euler steps")
+    setting("image_guidance", 1.0, "s_i: how strongly to follow the reference; 1 costs no extra pass")
+    setting("text_guidance", 1.0, "s_t: how strongly to follow the prompt; 1 costs no extra pass")
+    setting("guidance_scale", 3.5, "distilled guidance, for models that have it")
+    setting("unguided_steps", 2, "first steps without image and text guidance")
+    setting("width", 512, "of the picture, in pixels")
+    setting("height", 512, "of the picture, in pixels")
+    setting("batch_size", 1, "pictures drawn together; changes speed and memory, not the pictures")
+    setting("seed", [0], "one or more", nargs="+")
     add("--enhance", metavar="VLM", help="vision-language model (folder or hub name) that completes the prompt with the "
                                          "reference's details")
-    dsd.add_memory_flags(parser, offload=True)
     args = parser.parse_args()
-    settings = dsd.model_settings(args.model, "sample", args, steps=28, image_guidance=1.0, text_guidance=1.0,
-                                  guidance_scale=3.5, unguided_steps=2, width=512, height=512, batch_size=1, seed=[0])
+    settings = dsd.model_settings(args.model, "sample", args, **parser.defaults)
     shipped = dsd.model_settings(args.model, "sample", args, prompts=[""], references="", shipped_adapter="")
     return args, settings, shipped
 
@@ -124,11 +120,10 @@ def main():
     names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}
     state = dsd.processes()
     with state.main_process_first():  # the others find the folder made, and what a --enhance model saw in it
-        if state.is_main_process:
-            dsd.open_out(args.out, {
-                "step": "sample", **names, "adapter_sha256": dsd.file_digest(dsd.adapter_file(adapter)), "prompts": prompts,
-                "images": {file: dsd.file_digest(file) for file in references}, "seeds": seeds, "enhance": args.enhance,
-                "quantize": args.quantize, **settings}, FILES, args.overwrite)
+        dsd.open_out(args.out, {
+            "step": "sample", **names, "adapter_sha256": dsd.file_digest(dsd.adapter_file(adapter)), "prompts": prompts,
+            "images": {file: dsd.file_digest(file) for file in references}, "seeds": seeds, "enhance": args.enhance,
+            "quantize": args.quantize, **settings}, FILES, args.overwrite)
         texts = enhance(args.enhance, references, prompts, args.out / "details.jsonl", args.quantize) if args.enhance else {}
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload)
     dsd.load_adapter(pipe, adapter)
