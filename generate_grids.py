@@ -13,6 +13,7 @@ settings), `overview.png`, and with --llm every answer of the chat model, `subje
 with the same command, it goes on with the first missing batch; with a larger --count it adds to what is there.
 """
 
+import hashlib
 import itertools
 import json
 import random
@@ -208,7 +209,8 @@ def main():
         dsd.open_out(args.out, {
             "step": "generate_grids", "model": dsd.name_of(args.model), "family": args.family, "llm": args.llm,
             "quantize": args.quantize, "prompts": args.prompts and dsd.file_digest(args.prompts),
-            **{name: value for name, value in settings.items() if name not in ("count", "batch_size")}},
+            **{name: value for name, value in settings.items() if name not in ("count", "batch_size")},
+            "grammar": hashlib.sha256(json.dumps(settings["grammar"]).encode()).hexdigest()[:16]},  # it may be long
             FILES, args.overwrite)
         grids = plan(args, settings, listed)  # before the pipeline: a chat model needs its memory
     done = dsd.read_records(args.out / "grids.jsonl")
