@@ -28,6 +28,7 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -271,7 +272,8 @@ def train_ablation(name, args):
     done = dsd.read_json(folder / "settings.json") if (folder / "summary.json").exists() else {}
     steps = ["--steps", args.ablation_steps] if args.ablation_steps else []
     if done.get("pairs") != dsd.file_digest(pairs / "metadata.jsonl") or args.ablation_steps not in (None, done["steps"]):
-        run_script("finetune.py", "--model", args.model, "--pairs", pairs, "--out", folder, *flags, *steps)
+        compiled = ["--compile"] if args.compile else []
+        run_script("finetune.py", "--model", args.model, "--pairs", pairs, "--out", folder, *flags, *steps, *compiled)
     return folder
 
 
@@ -486,21 +488,25 @@ def write_table(rows, results, times, out, command):
 
 
 def draw_scatter(rows, results, path, keys):
-    """CP against PF with their intervals, a number a row; grey lines join points of the same product."""
-    figure = Figure(figsize=(8.5, 5.5))
-    axes = figure.subplots()
+    """Left: CP against PF; grey lines join points of the same product. Right: the product, row by row. With intervals."""
+    figure = Figure(figsize=(13, max(4.5, 0.6 + 0.2 * len(rows))), layout="constrained")
+    axes, bars = figure.subplots(1, 2)
     pf = torch.linspace(0.02, 1, 100)
     for product in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         axes.plot(pf, product / pf, color="0.9", linewidth=1, zorder=0)
     colours = {group: f"C{k}" for k, group in enumerate(dict.fromkeys(row.group for row in rows))}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
+        style = {"fmt": "o", "markersize": 4, "elinewidth": 0.8, "color": colours[row.group]}
         (y, y_low, y_high), (x, x_low, x_high) = (results[row.name]["subject"][key] for key in keys)
-        axes.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], fmt="o", markersize=4,
-                      color=colours[row.group], elinewidth=0.8, label=f"{number} {row.name}")
-        axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=8)
-    axes.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.02))
-    if rows:
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axes.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], **style)
+        if row.group in ("bounds", "zero-shot"):  # all variants of DSD lie near one another: see the right side
+            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(-6, 3), fontsize=7, ha="right" if x > 0.5 else "left")
+        mean, low, high = results[row.name]["subject"][keys[0].replace("cp", "cp_pf")]
+        bars.errorbar(mean, number, xerr=[[mean - low], [high - mean]], **style)
+    axes.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.05))
+    bars.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+    bars.set(xlabel="CPxPF", xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5))
+    bars.grid(axis="x", color="0.9")
     with dsd.writing(path) as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
 
@@ -539,6 +545,7 @@ def parse_args():
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote; the ablations learn from it")
     add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote; for the ablation without curation")
     add("--ablation_steps", type=int, help="training steps of every ablation (default: finetune.py's)")
+    add("--compile", action="store_true", help="compile the blocks while an ablation trains: a minute each, and then faster steps")
     add("--steps", type=int, help="Euler steps of every method")
     add("--seed", type=int, default=0, help="of references, prompts and noise")
     return parser.parse_args()
@@ -614,8 +621,7 @@ def evaluate(args, rows, cases, others, models, scorer, common):
 def report(args, rows, cases, records, results, times, common):
     """Write table.md, scores.json, scatter.png and contact_sheet.png of the rows so far."""
     shown, keys = [row for row in rows if row.group != "search"], ("vlm_cp", "vlm_pf") if args.folder else ("cp", "pf")
-    command = f"evaluate.py{' --full' * args.full} --references {len({c.reference for c in cases})}"
-    write_table(rows, results, times, args.out, command)
+    write_table(rows, results, times, args.out, shlex.join(["evaluate.py", *sys.argv[1:]]))
     every = {name: {k: [r.get(k) for r in some] for k in some[-1] if k not in ("answers", "seen")}
              for name, some in records.items()}
     dsd.write_text(args.out / "scores.json", json.dumps(
