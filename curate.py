@@ -4,7 +4,7 @@ The grids of step 1 are cut into panels and the panels into ordered pairs (refer
 is asked about each pair in a chain of thought (paper, section 3.2 and its appendix): name the common subject, describe
 it in each image, compare part by part, then a one-word verdict. The targets of accepted pairs are captioned.
 
-    python curate.py                                   # the miniature: a minute on two CPU cores, under 1 GB
+    python curate.py                                   # the miniature: half a minute on two CPU cores, under 1 GB
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8       # the real one, on a GPU of 24 GB or more
 
 Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):

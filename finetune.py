@@ -1,6 +1,6 @@
 """Step 3 (paper section 3.3): LoRA turns the teacher into a text+image-to-image model on its own curated pairs.
 
-    python finetune.py                                      # the miniature: 5 to 12 minutes on two CPU cores, 1 GB
+    python finetune.py                                      # the miniature: 8 minutes on two CPU cores, 1 GB
     python finetune.py --model black-forest-labs/FLUX.1-dev # one CUDA GPU
     accelerate launch finetune.py                           # several GPUs: the same batch, shared among them
 

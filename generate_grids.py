@@ -1,6 +1,6 @@
 """Step 1 (paper section 3.1): the teacher draws grids of one subject in four settings.
 
-    python generate_grids.py                                      # the miniature: 2 to 4 minutes on two CPU cores, under 1 GB
+    python generate_grids.py                                      # the miniature: 2 minutes on two CPU cores, under 1 GB
     python generate_grids.py --model black-forest-labs/FLUX.1-dev # one CUDA GPU
     python generate_grids.py --prompts my_prompts.txt --count 40
     python generate_grids.py --llm Qwen/Qwen2.5-7B-Instruct       # a chat model invents the subjects and the settings

@@ -86,7 +86,7 @@ def flux_settings():
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 384, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
+            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": {
                 "subject": opening.format("{subject}") + ": {panels}",
                 "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
