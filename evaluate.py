@@ -500,7 +500,8 @@ def draw_scatter(rows, results, path, keys):
         (y, y_low, y_high), (x, x_low, x_high) = (results[row.name]["subject"][key] for key in keys)
         axes.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], **style)
         if row.group in ("bounds", "zero-shot"):  # all variants of DSD lie near one another: see the right side
-            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(-6, 3), fontsize=7, ha="right" if x > 0.5 else "left")
+            side = "right" if x > 0.5 else "left"
+            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(-6, 3), fontsize=7, ha=side)
         mean, low, high = results[row.name]["subject"][keys[0].replace("cp", "cp_pf")]
         bars.errorbar(mean, number, xerr=[[mean - low], [high - mean]], **style)
     axes.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.05))
@@ -545,7 +546,7 @@ def parse_args():
     add("--pairs", type=Path, default="runs/pairs", help="what curate.py wrote; the ablations learn from it")
     add("--grids", type=Path, default="runs/grids", help="what generate_grids.py wrote; for the ablation without curation")
     add("--ablation_steps", type=int, help="training steps of every ablation (default: finetune.py's)")
-    add("--compile", action="store_true", help="compile the blocks while an ablation trains: a minute each, and then faster steps")
+    add("--compile", action="store_true", help="compile the blocks while ablations train: a minute each, then faster steps")
     add("--steps", type=int, help="Euler steps of every method")
     add("--seed", type=int, default=0, help="of references, prompts and noise")
     return parser.parse_args()
