@@ -499,7 +499,7 @@ def draw_scatter(rows, results, path, keys):
         style = {"fmt": "o", "markersize": 4, "elinewidth": 0.8, "color": colours[row.group]}
         (y, y_low, y_high), (x, x_low, x_high) = (results[row.name]["subject"][key] for key in keys)
         axes.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], **style)
-        if row.group in ("bounds", "zero-shot"):  # all variants of DSD lie near one another: see the right side
+        if row.group in ("bounds", "zero-shot", "tuning", "DSD"):  # variants of DSD lie near it: see the right side
             side = "right" if x > 0.5 else "left"
             axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(-6, 3), fontsize=7, ha=side)
         mean, low, high = results[row.name]["subject"][keys[0].replace("cp", "cp_pf")]
