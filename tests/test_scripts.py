@@ -260,7 +260,7 @@ def test_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs, tmp
     for wanted, found in zip(dsd.encode_prompts(pipe, [r["prompt"] for r in records]), (embeds, pooled)):
         torch.testing.assert_close(found, wanted, **close)
     assert (x_0[0] - x_0[1]).abs().max() > .1 and (embeds[0] - embeds[1]).abs().max() > .1
-    assert (pooled[0] - pooled[1]).abs().max() > .02  # twice what `close` forgives: the CLIP's vectors are small
+    assert (pooled[0] - pooled[2]).abs().max() > .05  # two critters; five times what `close` forgives
 
 
 def test_the_training_batch_is_drawn_alike_however_many_processes_share_it(pipe, pairs, tmp_path):
