@@ -488,7 +488,9 @@ def write_table(rows, results, times, out, command):
 
 
 def draw_scatter(rows, results, path, keys):
-    """Left: CP against PF; grey lines join points of the same product. Right: the product, row by row. With intervals."""
+    """Left: CP against PF; grey lines join points of the same product. Right: the product, row by row. With intervals.
+
+    `keys`: under which names `results` has CP, PF and their product."""
     figure = Figure(figsize=(13, max(4.5, 0.6 + 0.2 * len(rows))), layout="constrained")
     axes, bars = figure.subplots(1, 2)
     pf = torch.linspace(0.02, 1, 100)
@@ -497,12 +499,11 @@ def draw_scatter(rows, results, path, keys):
     colours = {group: f"C{k}" for k, group in enumerate(dict.fromkeys(row.group for row in rows))}
     for number, row in enumerate(rows):
         style = {"fmt": "o", "markersize": 4, "elinewidth": 0.8, "color": colours[row.group]}
-        (y, y_low, y_high), (x, x_low, x_high) = (results[row.name]["subject"][key] for key in keys)
+        (y, y_low, y_high), (x, x_low, x_high), (mean, low, high) = (results[row.name]["subject"][key] for key in keys)
         axes.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], **style)
         if row.group in ("bounds", "zero-shot", "tuning", "DSD"):  # variants of DSD lie near it: see the right side
             side = "right" if x > 0.5 else "left"
             axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(-6, 3), fontsize=7, ha=side)
-        mean, low, high = results[row.name]["subject"][keys[0].replace("cp", "cp_pf")]
         bars.errorbar(mean, number, xerr=[[mean - low], [high - mean]], **style)
     axes.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.05))
     bars.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
@@ -621,7 +622,8 @@ def evaluate(args, rows, cases, others, models, scorer, common):
 
 def report(args, rows, cases, records, results, times, common):
     """Write table.md, scores.json, scatter.png and contact_sheet.png of the rows so far."""
-    shown, keys = [row for row in rows if row.group != "search"], ("vlm_cp", "vlm_pf") if args.folder else ("cp", "pf")
+    shown = [row for row in rows if row.group != "search"]
+    keys = ("vlm_cp", "vlm_pf", "vlm_cp_pf") if args.folder else ("cp", "pf", "cp_pf")
     write_table(rows, results, times, args.out, shlex.join(["evaluate.py", *sys.argv[1:]]))
     every = {name: {k: [r.get(k) for r in some] for k in some[-1] if k not in ("answers", "seen")}
              for name, some in records.items()}
