@@ -158,13 +158,15 @@ def orders(record):
 
 def caption(accepted, panels, model, args):
     """Write into accepted records what each target shows, or how the reference becomes it: {target: text}."""
-    seen = slice(0, 2) if args.caption == "instruction" else slice(1, 2)  # a description looks at the target only
-    cases = sorted({(r["grid"], order[seen]) for r in accepted for order in orders(r)})  # each once
-    answers = ask(*model, [[panels[n][k] for k in shown] for n, shown in cases], QUESTION_FOR[args.caption],
+    def shown(reference, target):  # a description looks at the target only
+        return (reference, target) if args.caption == "instruction" else (target,)
+
+    cases = sorted({(r["grid"], shown(*order)) for r in accepted for order in orders(r)})  # each once
+    answers = ask(*model, [[panels[n][k] for k in seen] for n, seen in cases], QUESTION_FOR[args.caption],
                   args.batch_size, 100)
     texts = {case: " ".join(answer.split()) for case, answer in zip(cases, answers)}
     for r in accepted:
-        r["captions"] = {str(order[1]): texts[r["grid"], order[seen]] for order in orders(r)}
+        r["captions"] = {str(b): texts[r["grid"], shown(a, b)] for a, b in orders(r)}
 
 
 # ---- what is written from the transcripts ----------------------------------------------------------------------------

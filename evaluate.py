@@ -270,10 +270,9 @@ def train_ablation(name, args):
     which, flags = ABLATIONS[name]
     folder, pairs = args.out / "ablations" / name.replace(" ", "_").replace(",", ""), pairs_for(which, args)
     done = dsd.read_json(folder / "settings.json") if (folder / "summary.json").exists() else {}
-    steps = ["--steps", args.ablation_steps] if args.ablation_steps else []
     if done.get("pairs") != dsd.file_digest(pairs / "metadata.jsonl") or args.ablation_steps not in (None, done["steps"]):
-        compiled = ["--compile"] if args.compile else []
-        run_script("finetune.py", "--model", args.model, "--pairs", pairs, "--out", folder, *flags, *steps, *compiled)
+        flags = [*flags, *["--compile"] * args.compile, *(["--steps", args.ablation_steps] if args.ablation_steps else [])]
+        run_script("finetune.py", "--model", args.model, "--pairs", pairs, "--out", folder, *flags)
     return folder
 
 

@@ -51,12 +51,20 @@ class Judge:
             raise dsd.DsdError(f"the judge {folder} has no labels \"attribute: value\" for {sorted(missing)}")
 
     @torch.inference_mode()
+    def logits(self, images):
+        """Of some images (B, labels)."""
+        parts = [dsd.to_pixels(images[i:i + 100]).to(self.model.device) for i in range(0, len(images), 100)]
+        return torch.cat([self.model(pixel_values=part).logits.cpu() for part in parts])
+
     def __call__(self, images):
         """What it sees in each of some images: {attribute: value}."""
-        parts = [dsd.to_pixels(images[i:i + 100]).to(self.model.device) for i in range(0, len(images), 100)]
-        logits = torch.cat([self.model(pixel_values=part).logits.cpu() for part in parts])  # (B, labels)
         return [{name: block[int(row[[k for k, _ in block]].argmax())][1] for name, block in self.labels.items()}
-                for row in logits]
+                for row in self.logits(images)]
+
+    def sureness(self, images):
+        """How sure it is of the whole identity (B,): the least of the probabilities of what it sees, 0 to 1."""
+        logits = self.logits(images)
+        return torch.stack([logits[:, [k for k, _ in self.labels[name]]].softmax(1).amax(1) for name in world.IDENTITY]).amin(0)
 
 
 def marks(case, seen):

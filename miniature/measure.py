@@ -7,7 +7,7 @@ judge    share of right answers for each attribute of a panel
 vlm      verdicts on rendered pairs, asked by curate.py's own code in its own words; half of the pairs show one critter,
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
-         and how often the VLM's verdict on two panels is the judge's
+         and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
 """
 
 import argparse
@@ -37,6 +37,7 @@ import world  # noqa: E402
 NAMES = [*world.IDENTITY, *world.CONTEXT]
 ATTRIBUTES = {"shape": "shape", "ears": "ears", "colour": "colour", "tone": "tone", "second": "trim",
               "pattern": "pattern", "eyes": "eyes"}  # of the world -> the VLM's word for it
+SURE = 0.9  # probability of each attribute of both panels from which the judge counts as sure of a pair
 
 
 # ---- the VAE and the judge -------------------------------------------------------------------------------------------
@@ -117,12 +118,15 @@ def measure_teacher(args):
     if args.vlm:
         model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(min(args.count, 170)) for i, j in pairs]
         answers = curate.ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in cases], curate.PAIR_QUESTION, 64, 200)
+        sureness = exams.Judge(args.judge).sureness([panel for four in panels for panel in four]).view(-1, 4)
+        sure = torch.stack([sureness[n, [i, j]].amin() >= SURE for n, i, j in cases])
         for tolerance in (0, 1):
             said = torch.tensor([curate.parse(a, tolerance)[0] == "yes" for a in answers])
             truth = differing.flatten()[:len(cases)] <= tolerance
             result[f"vlm_tolerance_{tolerance}"] = {
                 "pairs": len(cases), "agrees": share(said == truth), "accepted": share(said),
-                "judge_accepts": share(truth), "accepted_that_judge_accepts": share(truth[said]) if said.any() else None}
+                "judge_accepts": share(truth), "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
+                "judge_is_sure": share(sure), "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None}
     for key, value in result.items():
         print(f"{key}: {value}")
     return result

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from types import SimpleNamespace
@@ -163,6 +164,7 @@ def test_the_judge_takes_the_best_label_of_each_attribute(judge):
     seen.model = type("Fixed", (), {"device": "cpu", "__call__": lambda self, pixel_values: SimpleNamespace(logits=logits)})()
     first, second = seen([critter(10, [0, 0, 0])] * 2)
     assert second == wanted and first == {name: block[0][1] for name, block in seen.labels.items()}
+    assert seen.sureness([critter(10, [0, 0, 0])] * 2).tolist() == pytest.approx([1 / 8, math.e / (math.e + 7)])  # of 8 values
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
