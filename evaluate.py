@@ -1,7 +1,7 @@
 """Does it work? Concept preservation (CP) and prompt following (PF) of every method on the same cases (paper section 4).
 
     python evaluate.py                                  # quick: the main rows on 64 cases, minutes on two CPU cores
-    python evaluate.py --full                           # all rows on 300 cases, the ablations trained: 2 to 4 hours
+    python evaluate.py --full                           # all rows on 300 cases, the ablations trained: 4 hours of one core
     python evaluate.py --full --rows zero-shot DSD      # only these: a row's whole name, or a word in names or groups
     python evaluate.py --folder dreambench_plus/data --vlm Qwen/Qwen2.5-VL-7B-Instruct \\
         --model black-forest-labs/FLUX.1-dev --adapter FOLDER            # real pictures: one CUDA GPU
