@@ -1,7 +1,7 @@
 """Does it work? Concept preservation (CP) and prompt following (PF) of every method on the same cases (paper section 4).
 
     python evaluate.py                                  # quick: the main rows on 64 cases, minutes on two CPU cores
-    python evaluate.py --full                           # all rows on 300 cases, the ablations trained: 4 hours of one core
+    python evaluate.py --full --compile                 # all rows on 300 cases, ablations trained: 4 to 5 hours of one core
     python evaluate.py --full --rows zero-shot DSD      # only these: a row's whole name, or a word in names or groups
     python evaluate.py --folder dreambench_plus/data --vlm Qwen/Qwen2.5-VL-7B-Instruct \\
         --model black-forest-labs/FLUX.1-dev --adapter FOLDER            # real pictures: one CUDA GPU
@@ -271,7 +271,10 @@ def train_ablation(name, args):
     folder, pairs = args.out / "ablations" / name.replace(" ", "_").replace(",", ""), pairs_for(which, args)
     done = dsd.read_json(folder / "settings.json") if (folder / "summary.json").exists() else {}
     if done.get("pairs") != dsd.file_digest(pairs / "metadata.jsonl") or args.ablation_steps not in (None, done["steps"]):
-        flags = [*flags, *["--compile"] * args.compile, *(["--steps", args.ablation_steps] if args.ablation_steps else [])]
+        if args.compile:
+            flags = [*flags, "--compile"]
+        if args.ablation_steps:
+            flags = [*flags, "--steps", args.ablation_steps]
         run_script("finetune.py", "--model", args.model, "--pairs", pairs, "--out", folder, *flags)
     return folder
 

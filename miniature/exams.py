@@ -64,7 +64,8 @@ class Judge:
     def sureness(self, images):
         """How sure it is of the whole identity (B,): the least of the probabilities of what it sees, 0 to 1."""
         logits = self.logits(images)
-        return torch.stack([logits[:, [k for k, _ in self.labels[name]]].softmax(1).amax(1) for name in world.IDENTITY]).amin(0)
+        best = [logits[:, [k for k, _ in self.labels[name]]].softmax(1).amax(1) for name in world.IDENTITY]  # (B,) each
+        return torch.stack(best).amin(0)
 
 
 def marks(case, seen):

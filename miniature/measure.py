@@ -61,15 +61,15 @@ def measure_vae(args):
     return {"panels": args.count, "psnr_db": round(psnr, 2)}
 
 
-def seen_by(folder, images):
-    """What the judge in `folder` sees in some images: attributes by number (N, 10)."""
+def seen_by(judge, images):
+    """What the judge sees in some images: attributes by number (N, 10)."""
     return torch.tensor([[values.index(word.replace("nothing", "")) for values, word in zip(lessons.VALUES, row.values())]
-                         for row in exams.Judge(folder)(images)])
+                         for row in judge(images)])
 
 
 def measure_judge(args):
     images, attributes = held_out_panels(args.count, args.seed)
-    right = seen_by(args.judge, [exams.to_image(x) for x in images]) == attributes
+    right = seen_by(exams.Judge(args.judge), [exams.to_image(x) for x in images]) == attributes
     result = {"panels": args.count} | dict(zip(NAMES, (round(x, 4) for x in right.float().mean(0).tolist())))
     result["all_identity"], result["all"] = right[:, :7].all(1).float().mean().item(), right.all(1).float().mean().item()
     print(", ".join(f"{name} {share:.1%}" for name, share in result.items() if name != "panels"), f"({args.count} panels)")
@@ -102,7 +102,8 @@ def measure_teacher(args):
         for image in generate_grids.draw_grids(pipe, grids[i:i + 20], settings):
             panels.append(dsd.cut_grid(image))
     seconds = (time.time() - begun) / args.count
-    seen = seen_by(args.judge, [panel for four in panels for panel in four]).view(args.count, 4, 10)
+    judge = exams.Judge(args.judge)
+    seen = seen_by(judge, [panel for four in panels for panel in four]).view(args.count, 4, 10)
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
     named = torch.tensor([[named_identity(p) for p in grid["panel_prompts"]] for grid in grids])
     pairs = list(itertools.combinations(range(4), 2))
@@ -116,17 +117,19 @@ def measure_teacher(args):
               "pairs_equal": {n: share(equal[..., k]) for k, n in enumerate(world.IDENTITY)}
               | {"all": share(differing == 0), "all but one": share(differing <= 1)}}
     if args.vlm:
-        model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(min(args.count, 170)) for i, j in pairs]
+        some = panels[:170]
+        model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(len(some)) for i, j in pairs]
         answers = curate.ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in cases], curate.PAIR_QUESTION, 64, 200)
-        sureness = exams.Judge(args.judge).sureness([panel for four in panels for panel in four]).view(-1, 4)
+        sureness = judge.sureness([panel for four in some for panel in four]).view(-1, 4)
         sure = torch.stack([sureness[n, [i, j]].amin() >= SURE for n, i, j in cases])
+        result["judge_is_sure"] = share(sure)
         for tolerance in (0, 1):
             said = torch.tensor([curate.parse(a, tolerance)[0] == "yes" for a in answers])
             truth = differing.flatten()[:len(cases)] <= tolerance
             result[f"vlm_tolerance_{tolerance}"] = {
                 "pairs": len(cases), "agrees": share(said == truth), "accepted": share(said),
                 "judge_accepts": share(truth), "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
-                "judge_is_sure": share(sure), "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None}
+                "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None}
     for key, value in result.items():
         print(f"{key}: {value}")
     return result
