@@ -45,6 +45,18 @@ def degrade(images, generator):
     return (images + .05 * u[:, 5].view(n, 1, 1, 1) ** 2 * noise).clamp(-1, 1)
 
 
+def warp(images, generator):
+    """Panels (N, 3, s, s) moved by up to two pixels as a whole and bent by about one more, smoothly."""
+    n, size = len(images), images.shape[-1]
+    whole = 4 / size * (torch.rand(n, 2, 1, 1, generator=generator) * 2 - 1)  # grid_sample's unit is half the side
+    bend = 2 / size * (torch.rand(n, 2, 5, 5, generator=generator) * 2 - 1)
+    move = whole + F.interpolate(bend, size=(size, size), mode="bicubic", align_corners=False)
+    line = (torch.arange(size) + .5) / size * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    grid = torch.stack([x, y]) + move
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
 def attribute_words(row):
     """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: ten numbers."""
     words = [values[i] for values, i in zip(VALUES[:7], row)]

@@ -3,7 +3,7 @@
 Each prints what it finds and writes it to runs/measure as JSON. Everything is drawn from held-out identities.
 
 vae      how well panels survive encoding and decoding, in dB
-judge    share of right answers for each attribute of a panel
+judge    share of right answers for each attribute of a panel, as rendered, and muddled: noise on its VAE latents
 vlm      verdicts on rendered pairs, asked by curate.py's own code in its own words; half of the pairs show one critter,
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
@@ -67,13 +67,28 @@ def seen_by(judge, images):
                          for row in judge(images)])
 
 
+@torch.inference_mode()
+def muddled(images, vae, noise, seed):
+    """Panels (N, 3, s, s) in [0, 1], decoded from latents with `noise` of the latents' own deviation added: still of known
+    truth, but neither clean nor like what the judge was trained on."""
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for x in images.split(100):
+        z = vae.encode(x * 2 - 1).latent_dist.mode()
+        z = z + noise / vae.config.scaling_factor * torch.randn(z.shape, generator=generator)
+        parts.append(vae.decode(z).sample.clamp(-1, 1) / 2 + .5)
+    return torch.cat(parts)
+
+
 def measure_judge(args):
-    images, attributes = held_out_panels(args.count, args.seed)
-    right = seen_by(exams.Judge(args.judge), [exams.to_image(x) for x in images]) == attributes
-    result = {"panels": args.count} | dict(zip(NAMES, (round(x, 4) for x in right.float().mean(0).tolist())))
-    result["all_identity"], result["all"] = right[:, :7].all(1).float().mean().item(), right.all(1).float().mean().item()
-    print(", ".join(f"{name} {share:.1%}" for name, share in result.items() if name != "panels"), f"({args.count} panels)")
-    return result
+    judge, (images, attributes) = exams.Judge(args.judge), held_out_panels(args.count, args.seed)
+    vae, result = AutoencoderKL.from_pretrained(args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32), {}
+    for name, noise in {"as rendered": 0, "muddled by 0.3": .3, "muddled by 0.5": .5}.items():
+        shown = muddled(images, vae, noise, args.seed) if noise else images
+        right = seen_by(judge, [exams.to_image(x) for x in shown]) == attributes
+        shares = [*right.float().mean(0), right[:, :7].all(1).float().mean(), right.all(1).float().mean()]
+        result[name] = dict(zip([*NAMES, "all_identity", "all"], (round(x.item(), 4) for x in shares)))
+        print(f"{name}: " + ", ".join(f"{key} {share:.1%}" for key, share in result[name].items()))
+    return {"panels": args.count, **result}
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------

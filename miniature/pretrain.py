@@ -356,7 +356,7 @@ def write_vlm(vlm, processor, folder):
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 def pretrain_judge(args):
-    """Name all ten attributes of freshly drawn panels, half of them blurred, tinted or noised a little.
+    """Name all ten attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little.
 
     It sees renderings only and shares no weights with the models that it judges."""
     judge = models.make_judge()
@@ -371,7 +371,7 @@ def pretrain_judge(args):
         context = world.draw_contexts(n, generator)
         x = world.render(identity, context, world.draw_poses(n, generator), models.PANEL) * 2 - 1
         clean = torch.rand(n, 1, 1, 1, generator=generator) < .5
-        x = torch.where(clean, x, lessons.degrade(x, generator))
+        x = torch.where(clean, x, lessons.degrade(lessons.warp(x, generator), generator))
         logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
         wanted = torch.cat([identity, context], 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))

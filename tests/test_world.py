@@ -2,6 +2,7 @@
 
 import itertools
 
+import lessons
 import models
 import pytest
 import torch
@@ -165,6 +166,18 @@ def test_every_value_of_the_context_looks_different(column):
     images = world.render(torch.tensor([[0, 1, 0, 0, 7, 1, 1]]).repeat(n, 1), context, POSE.repeat(n, 1), 32)
     for a, b in itertools.combinations(range(n), 2):
         assert (images[a] - images[b]).abs().amax(0).gt(.05).sum() >= 20, (a, b)
+
+
+def test_warp_moves_a_spot_by_one_to_three_pixels_and_differently_in_every_panel():
+    line = torch.arange(32.)
+    spot = torch.exp(-((line[:, None] - 16)**2 + (line - 16)**2) / 8).expand(64, 3, 32, 32)
+    moved = lessons.warp(spot, torch.Generator().manual_seed(0))
+    mass = moved[:, 0] / moved[:, 0].sum((1, 2), keepdim=True)
+    place = torch.stack([(mass.sum(1) * line).sum(1), (mass.sum(2) * line).sum(1)], 1) - 16  # (64, 2), pixels
+    assert place.abs().amax() < 3.2 and place.abs().amax(1).mean() > 1 and place.unique(dim=0).shape == (64, 2)
+    assert torch.equal(moved, lessons.warp(spot, torch.Generator().manual_seed(0)))
+    grey = torch.full((2, 3, 32, 32), .3)  # of a border no other colour comes in
+    assert torch.allclose(lessons.warp(grey, torch.Generator().manual_seed(1)), grey, atol=1e-6)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
