@@ -243,6 +243,7 @@ def parse_args():
     setting("accumulate", 1, "backward passes a step; the batch is so many times larger")
     setting("learning_rate", 1e-4, "of AdamW, after a warm-up")
     setting("condition_lr_factor", 5.0, "the condition columns learn so much faster: they start from zero")
+    setting("shift", 3.0, "of the noise levels: the larger it is, the more of them are high, where colours are decided")
     setting("lora_lr_factor", 1.0, "ablation: 0 trains the condition columns alone")
     setting("frames", 2, "ablation: 1 is the edit alone, conditioned by its channels only", choices=[1, 2])
     setting("frame_weights", [1.0, 1.0], "weights of the losses of frame 1 and frame 2", nargs=2)
@@ -255,7 +256,7 @@ def parse_args():
     setting("seed", 0, "of data order, noise and LoRA initialisation")
     args = parser.parse_args()
     return args, dsd.model_settings(args.model, "finetune", args, **parser.defaults, condition_dropout=0.1,
-                                    prompt_dropout=0.1, shift=3.0, guidance_scale=3.5, quantize="none")
+                                    prompt_dropout=0.1, guidance_scale=3.5, quantize="none")
 
 
 def check(args, settings, pairs, processes):
@@ -268,6 +269,8 @@ def check(args, settings, pairs, processes):
         raise dsd.DsdError(f"--batch_size must be a multiple of the {processes} processes")
     if len(settings["frame_weights"]) != 2 or not any(settings["frame_weights"]):
         raise dsd.DsdError("--frame_weights: two numbers, not both 0")
+    if not settings["shift"]:
+        raise dsd.DsdError("--shift 0: every noise level would be 0; it must be above 0, and 1 leaves the levels even")
     if settings["ema"] >= 1:
         raise dsd.DsdError(f"--ema {settings['ema']}: the decay must be below 1")
     return width, height
