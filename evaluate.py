@@ -499,7 +499,7 @@ def draw_scatter(rows, results, path, keys):
     for product in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         axes.plot(pf, product / pf, color="0.9", linewidth=1, zorder=0)
     colours = {group: f"C{k}" for k, group in enumerate(dict.fromkeys(row.group for row in rows))}
-    labels, height = [], 2.0
+    labels = []  # (CP, PF, name)
     for number, row in enumerate(rows):
         style = {"fmt": "o", "markersize": 4, "elinewidth": 0.8, "color": colours[row.group]}
         (y, y_low, y_high), (x, x_low, x_high), (mean, low, high) = (results[row.name]["subject"][key] for key in keys)
@@ -507,6 +507,7 @@ def draw_scatter(rows, results, path, keys):
         if row.group in ("bounds", "zero-shot", "tuning", "DSD"):  # variants of DSD lie near it: see the right side
             labels.append((y, x, row.name))
         bars.errorbar(mean, number, xerr=[[mean - low], [high - mean]], **style)
+    height = 2.0
     for y, x, name in sorted(labels, reverse=True):
         height = min(y, height - 0.025)  # names of nearly equal rows stand below one another
         axes.annotate(name, (x, height), textcoords="offset points", xytext=(-6, 0), fontsize=7, va="center",
