@@ -507,7 +507,7 @@ def draw_scatter(rows, results, path, keys):
         if row.group in ("bounds", "zero-shot", "tuning", "DSD"):  # variants of DSD lie near it: see the right side
             labels.append((y, x, row.name))
         bars.errorbar(mean, number, xerr=[[mean - low], [high - mean]], **style)
-    height = 2.0
+    height = float("inf")  # of the name above
     for y, x, name in sorted(labels, reverse=True):
         height = min(y, height - 0.025)  # names of nearly equal rows stand below one another
         axes.annotate(name, (x, height), textcoords="offset points", xytext=(-6, 0), fontsize=7, va="center",
