@@ -1,69 +1,58 @@
-"""Step 4 (paper section 3.3): zero-shot. A reference and a prompt give the same subject in a new setting.
+"""Step 4 (paper section 3.3): zero-shot sampling. A reference and a prompt give the same subject in a new setting.
 
-    python sample.py                                        # the miniature's references and prompts: seconds, under 1 GB
+    python sample.py                                         # the miniature's own references and prompts: seconds
     python sample.py --image my_critter.png --prompt "a round horned critter in space at noon"
     python sample.py --image a.png b.png --prompt "..." "..." --seed 0 1 2 --image_guidance 1.5 --text_guidance 2
     python sample.py --model black-forest-labs/FLUX.1-dev --adapter FOLDER --image photo.jpg --prompt "..."
 
-No tuning happens here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands
-for the image's file name ("a {name} in space"). An image is cropped at its centre to the panel's proportions and resized
-(FLUX: 512x512). Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if
-finetune.py has made one, else the one shipped with the model.
+Nothing is tuned here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands for the
+image's file name ("a {name} in space"). Images are cropped at the centre (or padded, --fit) to the picture's proportions.
+Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if finetune.py has
+made one, else the one shipped with the model. An adapter brings the picture size and the guidance that it wants; flags
+go first.
 
-Writes to --out: a PNG an image, its settings in the PNG's text fields, `contact_sheet.png`, references on the left, and
-with --enhance what the VLM saw, `details.jsonl`. Stopped and started again with the same command, it goes on with the
-first missing batch.
+Writes to --out: a PNG for each picture, with its settings in the PNG's text fields, and `contact_sheet.png` with the
+references on the left. Started again, the same command draws only what is missing.
 """
 
+import dsd  # first: see its head
+
+import itertools
 import json
 from pathlib import Path
 
+from accelerate import PartialState
 from diffusers import FluxControlPipeline
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import curate
-import dsd
 
-FILES = ["[0-9]*[0-9].png", "contact_sheet.png", "details.jsonl", "*.part"]  # what this script writes
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
-def find_adapter(args, shipped):
-    """The adapter's folder: as asked, else this project's own run, else the one that the model's folder names."""
+# ---- references and prompts ------------------------------------------------------------------------------------------
+def find_adapter(args):
+    """The adapter: as asked, else this project's own run for the same model, else the one shipped with the model."""
+    own, settings = Path("runs/adapter"), Path("runs/adapter/settings.json")
     if args.adapter:
         return args.adapter
-    own = Path("runs/adapter")
-    if (own / dsd.ADAPTER_FILE).exists() and (own / "settings.json").exists():
-        if dsd.read_json(own / "settings.json").get("model") == dsd.name_of(args.model):
+    if (own / dsd.ADAPTER_FILE).exists() and settings.exists():
+        if dsd.read_json(settings).get("model") == dsd.name_of(args.model):
             return own
-    if not shipped:
+    if not args.shipped_adapter:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
-    return Path(args.model) / shipped
+    return Path(args.model) / args.shipped_adapter
 
 
-def find_references(args, shipped):
-    """The reference files: as asked, else those that the model's folder names."""
-    if args.image:
-        return args.image
-    files = sorted((Path(args.model) / shipped).glob("*.png")) if shipped else []
+def find_references(args):
+    """The reference pictures, {name: image of the panel's size}. A folder stands for the pictures in it."""
+    given = args.image or ([Path(args.model) / args.references] if args.references else [])
+    files = [file for path in given for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+             if not path.is_dir() or file.suffix.lower() in PICTURES and not file.name.startswith(".")]
     if not files:
-        raise dsd.DsdError("give a reference: --image FILE")
-    return files
-
-
-def enhance(vlm, references, prompts, path, quantize="none"):
-    """Prompts completed with what a vision-language model sees in each reference: {(file, prompt): longer prompt}.
-
-    What it sees is kept in `path`, so that a run that goes on does not look again."""
-    seen = {record["image"]: record["details"] for record in dsd.read_records(path, image=str, details=str)}
-    waiting = [file for file in references if file not in seen]
-    model = curate.load_vlm(vlm, quantize) if waiting else None
-    for file in waiting:
-        seen[file], = curate.ask(*model, [[references[file]]], curate.DETAILS_QUESTION, batch_size=1, max_new_tokens=40)
-        dsd.append_records(path, [{"image": file, "details": seen[file]}])
-    for file in references:
-        print(f"{file}: {seen[file]}")
-    return {(file, p): f"{name_subject(p, file)}, {seen[file]}" for file in references for p in prompts}
+        raise dsd.DsdError("no reference picture: give --image FILE")
+    return {file.as_posix(): dsd.fit_image(dsd.open_image(file), args.width, args.height, args.fit) for file in files}
 
 
 def name_subject(prompt, file):
@@ -71,83 +60,102 @@ def name_subject(prompt, file):
     return prompt.replace("{name}", Path(file).stem.replace("_", " "))
 
 
-def draw_batch(pipe, batch, references, settings):
-    """Images of a batch of cases (file, prompt, text, seed)."""
-    prompts = [case["text"] for case in batch]
-    text, null_text = (dsd.encode_prompts(pipe, p) for p in (prompts, [""] * len(prompts)))
-    pixels = dsd.to_pixels([references[case["image"]] for case in batch]).to(pipe.device)
-    return dsd.sample(pipe, pixels, text, null_text, [case["seed"] for case in batch], settings)
+def enhance(args, references):
+    """What a vision-language model sees in each reference, {file: details}, to complete the prompts (paper, appendix)."""
+    path, model, seen = args.out / "details.json", None, {}
+    if path.exists():
+        seen = dsd.read_json(path)
+    for file in references:
+        if file not in seen:
+            model = model or curate.load_vlm(args.enhance, args.quantize)
+            answer, = curate.ask(*model, [[references[file]]], curate.DETAILS_QUESTION, batch_size=1, max_new_tokens=40)
+            seen[file] = answer.removesuffix(curate.TRUNCATED).strip()
+            dsd.write_json(path, seen)
+        print(f"{file}: {seen[file]}")
+    return seen
 
 
-def save(image, path, case, settings):
-    """A PNG that carries its own settings (`Image.open(path).text["dsd"]`)."""
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+def draw_batch(pipe, images, prompts, seeds, args):
+    """Pictures of the subjects of B reference images as B prompts say."""
+    text = dsd.encode_prompts(pipe, prompts)
+    null_text = tuple(part.expand(len(prompts), *part.shape[1:]) for part in dsd.encode_prompts(pipe, [""]))
+    return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, args.steps, args.image_guidance,
+                           args.text_guidance, args.guidance_scale, args.unguided_steps, args.frames)
+
+
+def save_with_settings(image, path, case, args):
+    """A PNG that carries its own settings: `json.loads(Image.open(path).text["dsd"])`."""
+    options = {name: getattr(args, name) for name in ("steps", "image_guidance", "text_guidance", "guidance_scale")}
+    names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(args.adapter), "image": dsd.name_of(case["image"])}
     info = PngInfo()
-    info.add_itxt("dsd", json.dumps({**case, "image": dsd.name_of(case["image"]), **settings}, ensure_ascii=False))
+    info.add_itxt("dsd", json.dumps({**case, **options, **names}, ensure_ascii=False))
     dsd.save_image(image, path, pnginfo=info)
 
 
 def parse_args():
-    parser = dsd.Parser(__doc__, "runs/samples", "model", "quantize", "offload")
-    add, setting = parser.add_argument, parser.setting
-    add("--image", nargs="+", type=Path, help="reference pictures (default: the model's own)")
+    parser = dsd.Parser(__doc__, "runs/samples")
+    add, amount = parser.add_argument, dsd.at_least(0, float)
+    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
+    add("--adapter", type=Path, help="a folder with pytorch_lora_weights.safetensors, or such a file (default: see above)")
+    add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
-    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors (default: see above)")
-    setting("steps", 28, "Euler steps")
-    setting("image_guidance", 1.0, "s_i: how strongly to follow the reference; 1 costs no extra pass")
-    setting("text_guidance", 1.0, "s_t: how strongly to follow the prompt; 1 costs no extra pass")
-    setting("guidance_scale", 3.5, "distilled guidance, for models that have it")
-    setting("unguided_steps", 2, "first steps without image and text guidance")
-    setting("width", 512, "of the picture, in pixels")
-    setting("height", 512, "of the picture, in pixels")
-    setting("batch_size", 1, "pictures drawn together; changes speed and memory, not the pictures")
-    setting("seed", [0], "one or more", nargs="+")
-    add("--enhance", metavar="VLM", help="vision-language model (folder or hub name) that completes the prompt with the "
-                                         "reference's details")
-    args = parser.parse_args()
-    settings = dsd.model_settings(args.model, "sample", args, **parser.defaults)
-    shipped = dsd.model_settings(args.model, "sample", args, prompts=[""], references="", shipped_adapter="")
-    return args, settings, shipped
+    add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
+    add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
+    add("--width", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
+    add("--height", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
+    add("--steps", type=dsd.at_least(1), default=28, help="Euler steps")
+    add("--image_guidance", type=amount, default=1.0, help="s_i: how strongly to follow the reference; 1 costs nothing")
+    add("--text_guidance", type=amount, default=1.0, help="s_t: how strongly to follow the prompt; 1 costs nothing")
+    add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
+    add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without image and text guidance")
+    add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory only")
+    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="one or more")
+    parser.add_large_model_options()
+    parser.set_defaults(prompts=[], references="", shipped_adapter="", frames=2)
+    args = parser.parse("sample")
+    args.adapter = find_adapter(args)
+    facts = dsd.adapter_facts(args.adapter)[1]
+    args, adapter = parser.parse("sample", **facts), args.adapter  # once more, with what the adapter wants
+    args.adapter, args.prompt = adapter, args.prompt or args.prompts
+    if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
+        raise dsd.DsdError("--prompt: empty; say what to draw")
+    return args
 
 
 def main():
-    args, settings, shipped = parse_args()
-    dsd.check_machine(args, ["transformer", "text encoders"], args.enhance)
-    dsd.check_model(args.model, width=settings["width"], height=settings["height"])
-    prompts = [dsd.check_text(prompt, "--prompt") for prompt in args.prompt or shipped["prompts"]]
-    references = {str(file): dsd.fit_panel(dsd.open_image(file), settings["width"], settings["height"])
-                  for file in find_references(args, shipped["references"])}
-    adapter, size, seeds = find_adapter(args, shipped["shipped_adapter"]), settings.pop("batch_size"), settings.pop("seed")
-    names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(adapter)}
-    state = dsd.processes()
-    with state.main_process_first():  # the others find the folder made, and what a --enhance model saw in it
-        dsd.open_out(args.out, {
-            "step": "sample", **names, "adapter_sha256": dsd.file_digest(dsd.adapter_file(adapter)), "prompts": prompts,
-            "images": {file: dsd.file_digest(file) for file in references}, "seeds": seeds, "enhance": args.enhance,
-            "quantize": args.quantize, **settings}, FILES, args.overwrite)
-        texts = enhance(args.enhance, references, prompts, args.out / "details.jsonl", args.quantize) if args.enhance else {}
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload)
-    dsd.load_adapter(pipe, adapter)
-    cases = [{"image": file, "prompt": p, "text": texts.get((file, p)) or name_subject(p, file), "seed": seed, **names}
-             for file in references for p in prompts for seed in seeds]
+    args = parse_args()
+    dsd.check_model(args.model, args.width, args.height)
+    references, state = find_references(args), PartialState()
+    with state.main_process_first():  # the others find what the --enhance model saw
+        lock = dsd.open_out(args, "sample", changeable=["batch_size", "offload"],
+                            adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
+                            image={file: dsd.digest(file) for file in references})
+        details = enhance(args, references) if args.enhance else {}
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter)
+    cases = [{"image": file, "prompt": prompt, "seed": seed,
+              "text": ", ".join(filter(None, (name_subject(prompt, file), details.get(file))))}
+             for file, prompt, seed in itertools.product(references, args.prompt, args.seed)]
+    paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
     if state.is_main_process:
         dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
 
-    paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
-    parts = [slice(i, i + size) for i in range(0, len(cases), size)][state.process_index::state.num_processes]
-    for part in tqdm(parts, desc="sample", unit="batch", disable=not state.is_main_process):
+    parts = [slice(i, i + args.batch_size) for i in range(0, len(cases), args.batch_size)]
+    share = parts[state.process_index::state.num_processes]
+    for part in tqdm(share, desc="sample", unit="batch", disable=not state.is_main_process):
         if not all(path.exists() for path in paths[part]):  # the same batches after an interruption
-            for image, path, case in zip(draw_batch(pipe, cases[part], references, settings), paths[part], cases[part]):
-                save(image, path, case, settings)
+            images, texts, seeds = zip(*[(references[c["image"]], c["text"], c["seed"]) for c in cases[part]])
+            for image, path, case in zip(draw_batch(pipe, images, texts, seeds, args), paths[part], cases[part]):
+                save_with_settings(image, path, case, args)
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-    rows = [[(image, "reference")] + [(dsd.open_image(path), f"{case['text']} (seed {case['seed']})")
-                                      for path, case in zip(paths, cases) if case["image"] == file]
-            for file, image in references.items()]
-    dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-    print(f"{len(cases)} pictures in {args.out} with the adapter {names['adapter']}, peak memory {dsd.peak_memory():.1f} GB; "
-          f"look at {args.out / 'contact_sheet.png'}")
+    if state.is_main_process:
+        rows = [[(image, "reference")] + [(dsd.open_image(path), f"{case['text']} (seed {case['seed']})")
+                                          for path, case in zip(paths, cases) if case["image"] == file]
+                for file, image in references.items()]
+        dsd.contact_sheet(rows, args.out / "contact_sheet.png")
+        print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, {dsd.memory_in_use()}; "
+              f"look at {args.out / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
-    dsd.run(main)
+    dsd.run_main(main)
