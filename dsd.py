@@ -123,7 +123,7 @@ def cut_grid(image, rows=2, columns=2):
 def to_pixels(images):
     """RGB images of one size -> (B, 3, H, W) in [-1, 1]."""
     raw = torch.stack([torch.from_numpy(numpy.array(image)) for image in images])  # (B, H, W, 3)
-    return raw.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return raw.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def canvas(reference, target=None):
@@ -215,7 +215,8 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
                                   generators)  # (B, N, 64) and (N, 3)
 
     def model(x, condition, text):
-        tokens, sigma = torch.cat([x, condition], dim=2), t.expand(len(x)) / 1000  # (n B, N, 128), (n B,)
+        tokens = torch.cat([x, condition], dim=2)  # (n B, N, 128)
+        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), rounded as the stock and the released code do
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
     sigmas, config = torch.linspace(1.0, 1 / steps, steps).tolist(), pipe.scheduler.config

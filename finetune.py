@@ -29,12 +29,9 @@ from accelerate import Accelerator, PartialState
 from diffusers import FluxControlPipeline
 from diffusers.training_utils import EMAModel, cast_training_params
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-
-SHARD = 256  # pairs in a cache file
 
 
 # ---- the cache: everything is encoded once ---------------------------------------------------------------------------
@@ -62,68 +59,53 @@ def open_pair(args, pair):
             for name in ("reference_file_name", "target_file_name")]
 
 
-class Cache:
-    """The encoded pairs on disk, SHARD pairs to a file, which is named after the contents of its pictures and prompts."""
-
-    def __init__(self, args, pairs, held_out=()):
-        self.args, self.pairs, self.trained, self.files = args, [*pairs, *held_out], len(pairs), []
-        for start in range(0, len(self.pairs), SHARD):
-            part = self.pairs[start:start + SHARD]
-            pictures = [args.pairs / pair[name] for pair in part for name in ("reference_file_name", "target_file_name")]
-            name = dsd.digest(*pictures, text=str([args.width, args.height, args.frames, *(p["prompt"] for p in part)]))
-            self.files.append(args.out / "cache" / f"{name}.safetensors")
-
-    def encode(self, pipe, accelerator):
-        """Encode what is not on the disk yet; several processes share the files."""
-        share = range(len(self.files))[accelerator.process_index::accelerator.num_processes]
-        for k in tqdm(share, desc="encode", disable=not accelerator.is_main_process):
-            if not self.files[k].exists():
-                with dsd.writing(self.files[k]) as part:
-                    save_file(encode_pairs(pipe, self.pairs[k * SHARD:(k + 1) * SHARD], self.args), part)
-        accelerator.wait_for_everyone()
-
-    def batch(self, indices):
-        """x_0 and condition (B, N, 64) and text = (embeds (B, L, D), pooled (B, P)) of some pairs, in float32."""
-        rows = []
-        for i in indices.tolist():
-            with dsd.explained(f"{self.files[i // SHARD]}: delete this file, it is made again"), \
-                    safe_open(self.files[i // SHARD], framework="pt") as shard:
-                prompt = int(shard.get_slice("prompt")[i % SHARD:i % SHARD + 1])
-                rows.append([shard.get_slice(name)[k:k + 1] for name, k in (
-                    ("x_0", i % SHARD), ("condition", i % SHARD), ("embeds", prompt), ("pooled", prompt))])
-        x_0, condition, embeds, pooled = (torch.cat(parts).float() for parts in zip(*rows))
-        return x_0, condition, (embeds, pooled)
+def cache_file(args, pair):
+    """Where a pair's tensors are kept. The name follows from the contents: another picture has another file."""
+    pictures = [args.pairs / pair[name] for name in ("reference_file_name", "target_file_name")]
+    return args.out / "cache" / f"{dsd.digest(*pictures, text=str([pair['prompt'], args.width, args.height]))}.safetensors"
 
 
-def encode_pairs(pipe, pairs, args):
-    """Tensors of some pairs: canvas and condition latents (n, N, 64), embeddings of the different prompts, which is whose.
+def encode_pairs(pipe, pairs, args, state):
+    """Encode the pairs whose files in the cache are missing, 32 at a time; several processes share them.
 
     With --frames 1 (an ablation) the target is the whole canvas, and the reference its condition."""
-    x_0, condition, prompts = [], [], sorted({pair["prompt"] for pair in pairs})
-    for i in range(0, len(pairs), 32):
-        reference, target = map(dsd.to_pixels, zip(*[open_pair(args, pair) for pair in pairs[i:i + 32]]))
+    missing = [pair for pair in pairs if not pair["cache"].exists()][state.process_index::state.num_processes]
+    for i in tqdm(range(0, len(missing), 32), desc="encode", unit="batch", disable=not state.is_main_process):
+        part = missing[i:i + 32]
+        reference, target = map(dsd.to_pixels, zip(*[open_pair(args, pair) for pair in part]))  # (n, 3, H, W)
         two = args.frames == 2
-        x_0.append(dsd.encode(pipe.vae, dsd.canvas(reference, target) if two else target))  # (32, N, 64)
-        condition.append(dsd.encode(pipe.vae, dsd.canvas(reference) if two else reference))  # the right frame is black
-    embeds, pooled = zip(*[dsd.encode_prompts(pipe, prompts[i:i + 32]) for i in range(0, len(prompts), 32)])
-    tensors = {"x_0": x_0, "condition": condition, "embeds": embeds, "pooled": pooled}
-    return {name: torch.cat(list(parts)).to("cpu", torch.bfloat16).contiguous() for name, parts in tensors.items()} | {
-        "prompt": torch.tensor([prompts.index(pair["prompt"]) for pair in pairs])}
+        x_0 = dsd.encode(pipe.vae, dsd.canvas(reference, target) if two else target)  # (n, N, 64), both frames
+        condition = dsd.encode(pipe.vae, dsd.canvas(reference) if two else reference)  # (n, N, 64), the right frame black
+        tensors = x_0, condition, *dsd.encode_prompts(pipe, [pair["prompt"] for pair in part])
+        for pair, *row in zip(part, *(tensor.to("cpu", torch.bfloat16) for tensor in tensors)):
+            with dsd.writing(pair["cache"]) as file:
+                save_file({name: t.contiguous() for name, t in zip(("x_0", "condition", "embeds", "pooled"), row)}, file)
+    state.wait_for_everyone()
+
+
+def read_cache(pairs):
+    """x_0 and condition (B, N, 64) and text = (embeds (B, L, D), pooled (B, P)) of some pairs, in float32."""
+    with dsd.explained("a file in --out/cache is damaged; delete that folder, it is made again"):
+        rows = [load_file(pair["cache"]) for pair in pairs]
+    x_0, condition, *text = (torch.stack([row[name] for row in rows]).float()
+                             for name in ("x_0", "condition", "embeds", "pooled"))
+    return x_0, condition, text
 
 
 # ---- one training step -----------------------------------------------------------------------------------------------
-def draw_batch(cache, null_text, args, generator, accelerator):
+def draw_batch(pairs, null_text, args, generator, accelerator):
     """This process's share of a batch: x_0, eps (b, N, 64), sigma (b,), condition (b, N, 64), embeds, pooled.
 
     All chance comes from the step's generator, so a resumed run draws what an uninterrupted one would have drawn."""
     n = args.batch_size
-    indices = torch.randint(cache.trained, (n,), generator=generator)
+    indices = torch.randint(len(pairs), (n,), generator=generator)
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    drop_condition, drop_prompt = (torch.rand(n, generator=generator) < rate
-                                   for rate in (args.condition_dropout, args.prompt_dropout))
+    u, half = torch.rand(n, generator=generator), args.condition_dropout / 2
+    drop_condition = u < args.condition_dropout  # * in half of these cases the prompt is dropped as well,
+    drop_prompt = (half <= u) & (u < half + args.prompt_dropout)  # since guidance needs a trained v(0,0)
     noise_seeds = torch.randint(2**31, (n,), generator=generator)
     mine = slice(accelerator.process_index, n, accelerator.num_processes)
-    x_0, condition, text = cache.batch(indices[mine])
+    x_0, condition, text = read_cache([pairs[i] for i in indices[mine]])
     eps = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(seed)))
                        for seed in noise_seeds[mine]])
     condition[drop_condition[mine]] = 0  # the null condition: zero latents (R)
@@ -163,61 +145,44 @@ def load_student(args):
 
 
 def make_optimizer(transformer, args):
-    """The trainable parameters, AdamW on them, and their averages (EMA) or None."""
+    """The trainable parameters, and AdamW on them."""
     columns = transformer.x_embedder.lora_B["default"].weight  # W_c starts from zero and learns faster
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
     adamw = torch.optim.AdamW
     if args.quantize != "none":
         from bitsandbytes.optim import AdamW8bit as adamw  # moments of 8 bits beside quantised weights
-    optimizer = adamw([{"params": others, "factor": args.lora_lr_factor},
-                       {"params": [columns], "factor": args.condition_lr_factor}], weight_decay=0.0)
-    parameters = [*others, columns]
-    return parameters, optimizer, EMAModel(parameters, decay=args.ema) if args.ema else None
+    return [*others, columns], adamw([{"params": others, "factor": args.lora_lr_factor},
+                                      {"params": [columns], "factor": args.condition_lr_factor}], weight_decay=0.0)
 
 
-@contextlib.contextmanager
-def averaged(parameters, ema):
-    """Within it the parameters have their averaged values, if there are any."""
-    if ema:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    yield
-    if ema:
-        ema.restore(parameters)
-
-
-def save_checkpoint(transformer, parameters, optimizer, ema, log, args):
+def save_checkpoint(transformer, parameters, optimizer, log, args):
     """checkpoint/: an adapter that sample.py can use, and, written last, all that the next step depends on."""
-    facts = {name: getattr(args, name) for name in (
-        "frames", "width", "height", "guidance_scale", "image_guidance", "text_guidance")}
-    folder, half = args.out / "checkpoint", torch.bfloat16 if parameters[0].device.type == "cuda" else torch.float16
-    with averaged(parameters, ema):
-        dsd.save_adapter(transformer, folder, facts, half)
+    folder, half = args.out / "checkpoint", torch.bfloat16 if parameters[0].is_cuda else torch.float16
+    dsd.save_adapter(transformer, folder, {name: getattr(args, name) for name in (
+        "frames", "width", "height", "guidance_scale", "image_guidance", "text_guidance")}, half)
     dsd.write_json(args.out / "log.jsonl", log)
     with dsd.writing(folder / "training_state.pt") as part:
         torch.save({"step": len(log), "parameters": [p.detach().cpu() for p in parameters],
-                    "optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict()}, part)
+                    "optimizer": optimizer.state_dict()}, part)
 
 
-def resume(parameters, optimizer, ema, args):
+def resume(parameters, optimizer, args):
     """Restore the last checkpoint; returns the log of the steps before it, [] if there is none."""
     file = args.out / "checkpoint" / "training_state.pt"
     if not file.exists():
         return []
-    with dsd.explained(f"{file}: not a checkpoint of this run; delete the folder to start again"):
+    with dsd.explained(f"{file}: not a checkpoint of this run; delete {args.out} to start again"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         for p, saved in zip(parameters, state["parameters"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        return [r for r in dsd.read_records(args.out / "log.jsonl") if r["step"] < state["step"]]
+        return dsd.read_records(args.out / "log.jsonl")[:state["step"]]
 
 
-def train(pipe, cache, null_text, args, accelerator):
+def train(pipe, pairs, held_out, null_text, args, accelerator):
     """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log and the seconds a step took."""
-    parameters, optimizer, ema = make_optimizer(pipe.transformer, args)
-    log = resume(parameters, optimizer, ema, args)
+    parameters, optimizer = make_optimizer(pipe.transformer, args)
+    log = resume(parameters, optimizer, args)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer, device_placement=[False, True])
     first, begun, main_process = len(log), time.time(), accelerator.is_main_process
 
@@ -225,7 +190,8 @@ def train(pipe, cache, null_text, args, accelerator):
     for step in bar:
         generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0
         for _ in range(args.accumulate):
-            parts = batch_losses(model, draw_batch(cache, null_text, args, generator, accelerator), args) / args.accumulate
+            batch = draw_batch(pairs, null_text, args, generator, accelerator)
+            parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
             accelerator.backward(parts[0])
             losses = losses + parts.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
@@ -237,36 +203,33 @@ def train(pipe, cache, null_text, args, accelerator):
             group["lr"] = args.learning_rate * group["factor"] * learning_rate_share(step, args.steps)
         optimizer.step()
         optimizer.zero_grad()
-        if ema:
-            ema.step(parameters)
         log.append(dict(zip(("step", "loss", "frame_1", "frame_2"), (step, *losses))))
         bar.set_postfix({name: f"{log[-1][name]:.3f}" for name in ("frame_1", "frame_2")}, refresh=False)
         last = step + 1 == args.steps
-        if main_process and len(cache.pairs) > cache.trained and (last or (step + 1) % args.validate_every == 0):
-            with averaged(parameters, ema), accelerator.autocast():
-                log[-1] |= validate(pipe, cache, null_text, args, step + 1)
+        if main_process and held_out and (last or (step + 1) % args.validate_every == 0):
+            with accelerator.autocast():
+                log[-1] |= validate(pipe, held_out, null_text, args, step + 1)
         if main_process and (last or (step + 1) % args.save_every == 0):
-            save_checkpoint(pipe.transformer, parameters, optimizer, ema, log, args)
+            save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
     return log, (time.time() - begun) / (len(log) - first) if len(log) > first else 0
 
 
 @torch.no_grad()
-def validate(pipe, cache, null_text, args, step):
+def validate(pipe, held_out, null_text, args, step):
     """On held-out pairs: draw six beside the truth, and return the losses of both frames, {name: loss}, over 24.
 
     Noise and noise levels are the same at every step, so that the losses can be compared."""
-    held_out, device, losses, rows = range(cache.trained, len(cache.pairs)), pipe.transformer.device, [], []
-    generator = torch.Generator().manual_seed(0)
-    for n, i in enumerate(held_out[::max(1, len(held_out) // 24)][:24]):
-        x_0, condition, text = cache.batch(torch.tensor([i]))
+    generator, losses, rows = torch.Generator().manual_seed(0), [], []
+    for n, pair in enumerate(held_out[::max(1, len(held_out) // 24)][:24]):
+        x_0, condition, text = read_cache([pair])
         eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(1, args.shift, generator)
-        batch = [tensor.to(device) for tensor in (x_0, eps, sigma, condition, *text)]
+        batch = [tensor.to(pipe.transformer.device) for tensor in (x_0, eps, sigma, condition, *text)]
         losses.append(batch_losses(pipe.transformer, batch, args))
         if n % 4 == 0:
-            reference, target = open_pair(args, cache.pairs[i])
-            drawn, = dsd.sample_edit(pipe, dsd.to_pixels([reference]), batch[4:], null_text, [i], 20, args.image_guidance,
+            reference, target = open_pair(args, pair)
+            drawn, = dsd.sample_edit(pipe, dsd.to_pixels([reference]), batch[4:], null_text, [n], 20, args.image_guidance,
                                      args.text_guidance, args.guidance_scale, frames=args.frames)
-            rows.append([(reference, "reference"), (drawn, cache.pairs[i]["prompt"]), (target, "the pair's target")])
+            rows.append([(reference, "reference"), (drawn, pair["prompt"]), (target, "the pair's target")])
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
     return dict(zip(("held_out", "held_out_frame_1", "held_out_frame_2"), torch.stack(losses).mean(0).tolist()))
 
@@ -307,7 +270,6 @@ def parse_args():
     add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, for models that have it")
     add("--image_guidance", type=dsd.at_least(0, float), default=1.0, help="s_i that sampling with the adapter shall use")
     add("--text_guidance", type=dsd.at_least(0, float), default=1.0, help="s_t that sampling with the adapter shall use")
-    add("--ema", type=dsd.at_least(0, float), default=0.0, help="decay of averaged weights; 0 is off")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks: it takes a minute, then steps are faster")
     add("--precision", choices=["auto", "bf16", "no"], default="auto", help="of the arithmetic; auto: what is faster here")
@@ -328,12 +290,13 @@ def prepare(args, processes):
     for wrong, words in (
             (args.rank > width, f"--rank {args.rank} is above the {width} channels of this model's layers"),
             (args.batch_size % processes, f"--batch_size must be a multiple of the {processes} processes"),
-            (not any(args.frame_weights), "--frame_weights: not both can be 0"),
-            (args.ema >= 1, f"--ema {args.ema}: must be below 1")):
+            (not any(args.frame_weights), "--frame_weights: not both can be 0")):
         if wrong:
             raise dsd.DsdError(words)
     settings = args.out / "settings.json"  # a run that goes on keeps the precision that it began with
     begun = dsd.read_json(settings).get("precision") if settings.exists() else None
+    for pair in [*pairs, *held_out]:
+        pair["cache"] = cache_file(args, pair)
     args.precision = begun if args.precision == "auto" and begun else dsd.choose_precision(args.precision, width)
     return pairs, held_out
 
@@ -343,17 +306,16 @@ def main():
     state = PartialState()
     with state.main_process_first():  # the others find the settings and do not decide for themselves
         pairs, held_out = prepare(args, state.num_processes)
-        cache = Cache(args, pairs, held_out)
         lock = dsd.open_out(args, "finetune", changeable=[
             "pairs", "steps", "compile", "gradient_checkpointing", "save_every", "validate_every"],
-            pictures=[file.stem for file in cache.files])
+            pairs_sha256=dsd.digest(text=str([pair["cache"].stem for pair in [*pairs, *held_out]])))
     accelerator = Accelerator(mixed_precision=args.precision, cpu=state.device.type == "cpu")
 
     # phase 1: encode, then drop the encoders
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
-    cache.encode(pipe, accelerator)
+    encode_pairs(pipe, [*pairs, *held_out], args, accelerator)
     null_text = dsd.encode_prompts(pipe, [""])
     pipe.text_encoder = pipe.text_encoder_2 = None
     args.latent_size = args.height // pipe.vae_scale_factor, args.frames * args.width // pipe.vae_scale_factor
@@ -361,7 +323,7 @@ def main():
     # phase 2: widen, add LoRA, train on tensors
     torch.manual_seed(args.seed)
     pipe.transformer = load_student(args)
-    log, seconds = train(pipe, cache, null_text, args, accelerator)
+    log, seconds = train(pipe, pairs, held_out, null_text, args, accelerator)
     if accelerator.is_main_process:
         shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, args.out / dsd.ADAPTER_FILE)
         draw_losses(log, args.out / "loss.png")

@@ -112,12 +112,11 @@ def parse_args():
     add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory only")
     add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="one or more")
     parser.add_large_model_options()
-    parser.set_defaults(prompts=[], references="", shipped_adapter="", frames=2)
-    args = parser.parse("sample")
-    args.adapter = find_adapter(args)
-    facts = dsd.adapter_facts(args.adapter)[1]
-    args, adapter = parser.parse("sample", **facts), args.adapter  # once more, with what the adapter wants
-    args.adapter, args.prompt = adapter, args.prompt or args.prompts
+    parser.set_defaults(prompts=[], references="", shipped_adapter="")
+    adapter = find_adapter(parser.parse("sample"))
+    facts = {"frames": 2} | dsd.adapter_facts(adapter)[1]
+    args = parser.parse("sample", **{name: value for name, value in facts.items() if name != "frames"})
+    args.adapter, args.frames, args.prompt = adapter, facts["frames"], args.prompt or args.prompts
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise dsd.DsdError("--prompt: empty; say what to draw")
     return args

@@ -95,7 +95,7 @@ def flux_settings():
                 "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
         "finetune": {
             "steps": 2000, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
-            "save_every": 100, "validate_every": 400},
+            "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100, "validate_every": 400},
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
             "width": PANEL, "height": PANEL,
