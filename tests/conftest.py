@@ -11,18 +11,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from diffusers import FluxControlPipeline, FluxTransformer2DModel  # noqa: E402
-from PIL import Image  # noqa: E402
+import dsd  # first: see its head
 
-import dsd  # noqa: E402
-import models  # noqa: E402
-import world  # noqa: E402
-from miniature import exams  # noqa: E402
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import FluxControlPipeline, FluxTransformer2DModel
+from PIL import Image
 
-COUNTS = collections.Counter()  # what was tried, for the README's "What it withstands"
+import models
+import world
+
+COUNTS = collections.Counter()  # what was tried, for the README
+TIMEOUT = 1800  # seconds; no measure of speed: it only ends what hangs
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -30,14 +31,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("tried: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items())))
 
 
-PART_WEIGHTS = ["transformer", "vae", "text_encoder", "text_encoder_2"]
-
-
+# ---- models and data -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory):
     """A FLUX folder: the miniature if it is there, else random weights in the same form. No test needs them good."""
-    folder = ROOT / "miniature" / "flux"
-    if (folder / "dsd.json").exists() and all(list((folder / part).glob("*.safetensors")) for part in PART_WEIGHTS):
+    folder, parts = ROOT / "miniature" / "flux", ("transformer", "vae", "text_encoder", "text_encoder_2")
+    if (folder / "dsd.json").exists() and all(list((folder / part).glob("*.safetensors")) for part in parts):
         return folder
     folder = tmp_path_factory.mktemp("models") / "flux"
     torch.manual_seed(0)
@@ -50,13 +49,12 @@ def flux(tmp_path_factory):
 def vlm(tmp_path_factory):
     """A LLaVA folder: the miniature's if it is there, else random weights. No test needs its verdicts to be right."""
     folder = ROOT / "miniature" / "vlm"
-    if (folder / "model.safetensors").exists():
-        return folder
-    import lessons
+    if not (folder / "model.safetensors").exists():
+        import lessons
 
-    folder = tmp_path_factory.mktemp("models") / "vlm"
-    for part in models.make_vlm(lessons.vlm_words()):
-        part.save_pretrained(folder)
+        folder = tmp_path_factory.mktemp("models") / "vlm"
+        for part in models.make_vlm(lessons.vlm_words()):
+            part.save_pretrained(folder)
     return folder
 
 
@@ -84,6 +82,7 @@ def random_inputs(batch=2, h=4, w=8, seed=1):
 
 @torch.no_grad()
 def predict(transformer, tokens, sigma, text, ids, guidance_scale=3.5):
+    """The velocity that a transformer predicts, without gradients."""
     return dsd.run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
 
@@ -103,35 +102,37 @@ def noise_image(width, height, seed=0):
 
 def critter(identity, context, pose=(0., .16, 1.16, 0.)):
     """One rendered panel as an image: identity is a number, context three numbers."""
-    return exams.render(world.identity_of([identity])[0], torch.tensor(context), torch.tensor(pose), 32)
+    pixels = world.render(world.identity_of([identity]), torch.tensor([context]), torch.tensor([pose]), 32)
+    return dsd.to_images(pixels)[0]
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """A folder as curate.py writes it: 8 ordered pairs of rendered critters, each identity in two settings."""
-    folder = tmp_path_factory.mktemp("pairs")
+    """A folder as curate.py writes it: 8 ordered pairs of rendered critters from 4 grids, each subject in two settings."""
+    folder, records = tmp_path_factory.mktemp("pairs"), []
     (folder / "images").mkdir()
-    records = []
     for number in range(4):
         contexts = [(number, 0, 0), (7 - number, 2, 3)]
-        for panel, context in enumerate(contexts):
-            critter(1234 + number, context).save(folder / "images" / f"{number:06d}_{panel}.png")
+        files = [f"images/{number:06d}_{panel}.png" for panel in (0, 1)]
+        for file, context in zip(files, contexts):
+            critter(1234 + number, context).save(folder / file)
         for a, b in ((0, 1), (1, 0)):
             records.append({
-                "reference_file_name": f"images/{number:06d}_{a}.png", "target_file_name": f"images/{number:06d}_{b}.png",
-                "prompt": world.panel_caption(world.identity_of([1234 + number])[0], contexts[b]),
-                "subject": "critter", "family": "subject", "grid": number, "reference_panel": a, "target_panel": b})
-    dsd.append_records(folder / "metadata.jsonl", records)
+                "reference_file_name": files[a], "target_file_name": files[b], "subject": "critter", "family": "subject",
+                "prompt": world.panel_caption(world.identity_of([1234 + number])[0], contexts[b]), "grid": number,
+                "reference_panel": a, "target_panel": b})
+    dsd.write_json(folder / "metadata.jsonl", records)
     return folder
 
 
+# ---- running the scripts ---------------------------------------------------------------------------------------------
 def command(script, *args):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
 def run_script(script, *args, cwd, code=0):
     """A script in a process of its own; its exit code must be `code`. Returns (stdout, stderr)."""
-    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
 
@@ -146,7 +147,7 @@ def call(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            dsd.run(module.main)
+            dsd.run_main(module.main)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
