@@ -88,7 +88,9 @@ def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
 # ---- understanding the answer ----------------------------------------------------------------------------------------
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 TRUNCATED = "[truncated]"
-HEAD = r"[\s>#*_`\-]*(?:(?:step )?\d[.):])?[\s*_]*({})\b(?: *\([^)\n]*\))?[ *_]*(?::[ *_]*|$)".format("|".join(STEPS))
+HEAD = (r"[\s>#*_`\-•]*(?:(?:step )?\d[.):])?[\s*_`]*({})[ *_`]*(?:\([^)\n]*\)[ *_]*)?(?:[:：][ *_]*|$)"
+        .format("|".join([*STEPS, "comparison"])))
+WORD = r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)))"  # not "yes, no."
 
 
 def parse(answer, tolerance=0):
@@ -99,15 +101,18 @@ def parse(answer, tolerance=0):
     comparison names at most so many parts that differ."""
     if answer.endswith(TRUNCATED):
         return "truncated", "truncated: the answer reached --max_new_tokens"
-    start = "^" if "\n" in answer.strip() else r"(?:^|(?<=[\s.;,]))"  # five steps in one line will do as well
-    _, *found = re.split(start + HEAD, answer, flags=re.MULTILINE | re.IGNORECASE)
-    steps, said = [step.lower() for step in found[::2]], [text.strip(" \n*_`") for text in found[1::2]]
-    word = re.match(r"\W*(yes|no)\b(?!\W*(?:or|and)?\W*(?:yes|no)\b)", said[-1], re.IGNORECASE) if said else None
+    for start in "^", r"(?:^|(?<=[\s.;,]))":  # a line for each step, else several in one line
+        _, *found = re.split(f"(?im){start}{HEAD}", answer)
+        steps = [step.lower().replace("comparison", "compare") for step in found[::2]]
+        if steps == STEPS:
+            break
+    said = [text.strip(" \n*_`") for text in found[1::2]]
+    word = re.match(WORD, said[-1]) if said else None
     if steps != STEPS or not all(said) or not word:
         return "unparsable", "unparsable: not the five steps with one yes or no at the end"
     verdict, parts = word[1].lower(), [part.strip(" -*") for part in re.split(r"[,.;\n]", said[3])]
-    differing = [part for part in parts if re.search(r"\bdiffer|\bin one\b.*\bother\b", part)
-                 and not re.search(r"\b(not|no|nothing)\b", part)]
+    differing = [part for part in parts if re.search(r"(?i)\bdiffer|\bin one\b.*\bother\b", part)
+                 and not re.search(r"(?i)\b(not|no|nothing)\b|n't\b", part)]
     reason = f"{verdict}: {said[0] if verdict == 'yes' else ', '.join(differing) or said[3]}"
     if verdict == "no" and 0 < len(differing) <= tolerance:
         return "yes", f"tolerated {reason}"
