@@ -22,6 +22,7 @@ import json
 import sys
 import textwrap
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -39,6 +40,7 @@ for library in (diffusers, transformers):  # before the imports below, some of w
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 
@@ -298,14 +300,11 @@ def load_released_transformer(transformer, folder):
 # ---- devices and models ----------------------------------------------------------------------------------------------
 def bfloat16_gain(width):
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32: about 2 natively, else 0.01."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    def seconds(dtype):
         a, b = torch.ones(64, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-        for _ in range(5):
-            begun = time.perf_counter()
-            a @ b
-            seconds[dtype] = min(time.perf_counter() - begun, seconds.get(dtype, 9))
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+        marks = [time.perf_counter() for _ in range(5) if a @ b is not None]  # one after each product
+        return min(after - before for before, after in pairwise(marks))
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def weight_dtype():
@@ -318,7 +317,7 @@ def choose_precision(precision, width):
     """--precision as accelerate calls it, "bf16" or "no" (float32); for "auto" the one that is faster on this device."""
     if PartialState().device.type == "cuda":
         return {"auto": "bf16" if weight_dtype() == torch.bfloat16 else "no"}.get(precision, precision)
-    gain = 1 if precision == "no" else bfloat16_gain(min(width, 512))
+    gain = 1 if precision == "no" else bfloat16_gain(min(width, 256))
     if precision == "bf16" and gain < 1:
         print(f"--precision bf16: this CPU emulates bfloat16; its matrix products take {1 / gain:.0f} times as long as with "
               "--precision no", file=sys.stderr)
@@ -328,7 +327,7 @@ def choose_precision(precision, width):
 def memory_in_use():
     """In words: on a GPU the most memory used so far, else what this process uses now."""
     cuda = PartialState().device.type == "cuda"
-    return f"{(torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / 1e9:.1f} GB of memory"
+    return f"{(torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / 1e9:.1f} GB in use"
 
 
 def check_here(model):
@@ -404,12 +403,11 @@ class Parser(argparse.ArgumentParser):
     """Plain argparse. A flag goes first, then what the model's folder says (dsd.json), then the default shown here."""
 
     def __init__(self, doc, out):
-        class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-            """The docstring as it is, and each option's default."""
-        super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False)
+        style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter  # doc as it is, defaults shown
+        super().__init__(description=doc, formatter_class=type("Formatter", style, {}), allow_abbrev=False)
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         self.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
-        self.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-                          help="where to compute")
+        self.add_argument("--device", choices=devices, default=devices[-1], help="where to compute")
 
     def error(self, message):
         raise DsdError(f"{message}; --help explains the options")
@@ -423,14 +421,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, step=None, **more):
         """The options, with the defaults for this step from the folder of --model, and `more` defaults above those."""
-        if step:
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads --model only
-            first.add_argument("--model", default=self.get_default("model"))
-            more = folder_settings(first.parse_known_args()[0].model).get(step, {}) | more
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads --model only
+        first.add_argument("--model", default=self.get_default("model"))
+        own = folder_settings(first.parse_known_args()[0].model).get(step, {}) if step else {}
+        if not isinstance(own, dict):
+            raise DsdError(f"dsd.json: \"{step}\" must be an object; restore the model's folder")
+        more = own | more
         self.set_defaults(**{name: str(v) if type(v) in (int, float) else v for name, v in more.items()})  # checks text
         args = self.parse_args()
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise DsdError("--device cuda: there is no CUDA device here, or torch was installed without CUDA")
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
         PartialState(cpu=args.device == "cpu")  # it tells everyone the device, and which of several processes this is
@@ -438,7 +436,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder_settings(model):
-    """What a model's folder says in its dsd.json: {script: {option: default}}, and more. {} if there is none."""
+    """What a model's folder says in its dsd.json, {script: {option: default}} and more, or {} if there is none."""
     file = Path(model) / "dsd.json"
     return read_json(file) if file.exists() else {}
 
@@ -545,20 +543,16 @@ def read_records(path, *texts):
 
 
 def name_of(path):
-    """How records name a model or file: relative to this project if it is inside, else as given; hub names as they are."""
+    """How records name a model or a file: relative to this project if it is inside, with forward slashes, else as given."""
     root, whole = Path(__file__).resolve().parent, Path(path).resolve()
-    if not whole.exists():
-        return str(path)
-    return (whole.relative_to(root) if whole.is_relative_to(root) else Path(path)).as_posix()
+    inside = whole.exists() and whole.is_relative_to(root)  # a hub name does not exist here
+    return whole.relative_to(root).as_posix() if inside else str(path).replace("\\", "/")
 
 
 def digest(*files, text=""):
     """The first 16 hexadecimal digits of the SHA-256 of some files' contents, and of a text."""
-    sha = hashlib.sha256(text.encode(errors="backslashreplace"))
-    for file in files:
-        with explained(f"cannot read {file}"):
-            sha.update(hashlib.sha256(Path(file).read_bytes()).digest())
-    return sha.hexdigest()[:16]
+    parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files] + [text.encode(errors="backslashreplace")]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -590,8 +584,7 @@ def to_images(pixels):
     """(B, 3, H, W) in [0, 1] -> B images. Numbers that are not finite would become black: they are an error."""
     if not pixels.isfinite().all():
         raise DsdError("the model drew a picture that is not finite; check the weights, or lower the guidance")
-    raw = (pixels.permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype("uint8")  # (B, H, W, 3)
-    return [Image.fromarray(image) for image in raw]
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
 
 
 def save_image(image, path, **options):

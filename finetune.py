@@ -219,19 +219,24 @@ def validate(pipe, held_out, null_text, args, step):
     """On held-out pairs: draw six beside the truth, and return the losses of both frames, {name: loss}, over 24.
 
     Noise and noise levels are the same at every step, so that the losses can be compared."""
-    generator, losses, rows = torch.Generator().manual_seed(0), [], []
-    for n, pair in enumerate(held_out[::max(1, len(held_out) // 24)][:24]):
-        x_0, condition, text = read_cache([pair])
-        eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(1, args.shift, generator)
+    chosen, generator, losses, rows = held_out[::max(1, len(held_out) // 24)][:24], torch.Generator().manual_seed(0), 0, []
+    for i in range(0, len(chosen), args.batch_size):
+        part = chosen[i:i + args.batch_size]
+        x_0, condition, text = read_cache(part)
+        eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(len(part), args.shift, generator)
         batch = [tensor.to(pipe.transformer.device) for tensor in (x_0, eps, sigma, condition, *text)]
-        losses.append(batch_losses(pipe.transformer, batch, args))
-        if n % 4 == 0:
-            reference, target = open_pair(args, pair)
-            drawn, = dsd.sample_edit(pipe, dsd.to_pixels([reference]), batch[4:], null_text, [n], 20, args.image_guidance,
-                                     args.text_guidance, args.guidance_scale, frames=args.frames)
-            rows.append([(reference, "reference"), (drawn, pair["prompt"]), (target, "the pair's target")])
+        losses = losses + batch_losses(pipe.transformer, batch, args) * len(part) / len(chosen)
+    for i in range(0, len(chosen[::4]), args.batch_size):
+        part = chosen[::4][i:i + args.batch_size]
+        references, targets = zip(*[open_pair(args, pair) for pair in part])
+        text = [tensor.to(pipe.transformer.device) for tensor in read_cache(part)[2]]
+        nulls = [tensor.expand(len(part), *tensor.shape[1:]) for tensor in null_text]
+        drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), text, nulls, [*range(len(part))], 20, args.image_guidance,
+                                args.text_guidance, args.guidance_scale, frames=args.frames)
+        rows += [[(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
+                 for reference, image, pair, target in zip(references, drawn, part, targets)]
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
-    return dict(zip(("held_out", "held_out_frame_1", "held_out_frame_2"), torch.stack(losses).mean(0).tolist()))
+    return dict(zip(("held_out", "held_out_frame_1", "held_out_frame_2"), losses.tolist()))
 
 
 def draw_losses(log, path, window=25):

@@ -1,25 +1,30 @@
 """What the six lessons share: where things are, how pictures are shown, and a look inside the models.
 
-`import lesson` finds `dsd.py` and the miniature, and moves into an empty temporary folder, so that `runs/...` is the
-lesson's own and the repository stays as it is.
+`import lesson` finds `dsd.py` and the miniature and changes into an empty temporary folder, so that whatever a lesson
+draws or trains (`runs/...`) lands there and the repository stays as it is. The folder is deleted with the kernel.
 """
 
 import atexit
 import importlib
 import io
+import json
 import os
 import re
 import shlex
 import sys
 import tempfile
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the lessons need no network
+
+import dsd  # noqa: E402  # before torch: see its head
 
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 from diffusers.models.transformers import transformer_flux  # noqa: E402
 from IPython.display import Image as Png  # noqa: E402
 from IPython.display import Markdown, display  # noqa: E402
@@ -27,7 +32,6 @@ from matplotlib import pyplot  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import curate  # noqa: E402
-import dsd  # noqa: E402
 import world  # noqa: E402
 
 _folder = tempfile.TemporaryDirectory(prefix="lesson_")
@@ -35,23 +39,60 @@ atexit.register(_folder.cleanup)
 os.chdir(_folder.name)
 
 pyplot.rcParams.update({"font.size": 14, "figure.dpi": 75, "axes.titlesize": 15, "image.interpolation": "nearest"})
+FLUX, VLM, ADAPTER = (ROOT / "miniature" / name for name in ("flux", "vlm", "adapter"))
 PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for a critter
 
 
+# ---- a lesson's first cell, and its checks ---------------------------------------------------------------------------
+def start(minutes):
+    """Print where and in which number format this lesson computes, and how many minutes its cells take."""
+    device = PartialState().device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    loaded = str(dsd.weight_dtype()).removeprefix("torch.")
+    print(f"device: {name}; models are loaded in {loaded}; the cells take about {minutes} min on two CPU cores")
+
+
+def answered(*answers):
+    """Stop a check whose exercise still holds the dots of the blank."""
+    assert not any(answer is ... for answer in answers), "your turn: replace the dots in the exercise above"
+
+
 # ---- the scripts -----------------------------------------------------------------------------------------------------
-def script(line):
-    """`script("curate.py --limit 3")` does what `python curate.py --limit 3` does, without starting Python again."""
+@contextmanager
+def command_line(line):
+    """The script that a command line names, as a module, with `sys.argv` as Python would set it."""
     name, *flags = shlex.split(line)
     before, sys.argv = sys.argv, [name, *flags]
     try:
-        importlib.import_module(name.removesuffix(".py")).main()
+        yield importlib.import_module(name.removesuffix(".py"))
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # a script that was interrupted lets go of its output folder
+        raise
     finally:
         sys.argv = before
 
 
+def script(line):
+    """`script("curate.py --limit 3")` does what `python curate.py --limit 3` does, without starting Python again."""
+    with command_line(line) as module:
+        module.main()
+
+
+def options(line):
+    """The options of a command line as its script sees them, for calling the script's functions one by one."""
+    with command_line(line) as module:
+        return module.parse_args()
+
+
+def transcripts(folder="runs/pairs"):
+    """The transcripts that curate.py wrote, one record for each pair that it asked about."""
+    files = sorted(Path(folder, "transcripts").glob("*.json"))
+    return [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))["pairs"]]
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def picture(image, place=None):
-    """Show a picture or a picture file, in 256 colours to stay small; in a `place`, instead of what is there."""
+    """Show a picture or a picture file, reduced to 256 colours to stay small. It replaces what is shown at `place`."""
     image = image if isinstance(image, Image.Image) else Image.open(image)
     png = io.BytesIO()
     image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
@@ -67,12 +108,12 @@ def show(figure, place=None):
 
 
 def place():
-    """A place for pictures that change while something runs."""
+    """An output area whose picture can be replaced while a cell runs."""
     return display(Markdown("..."), display_id=True)
 
 
 def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, place=None):
-    """Rows of images; `columns` are titles above, `labels` stand left of the rows, `captions` below each image."""
+    """Show rows of images: `columns` are the titles above, `labels` stand left of the rows, `captions` below images."""
     def lines(texts):
         return max((str(text).count("\n") + 1 for text in texts), default=0)
 
@@ -115,7 +156,10 @@ def decode(pipe, tokens, h, w):
 # ---- critters whose truth is known -----------------------------------------------------------------------------------
 def critter(number, scene="in the meadow", accessory="", light="at noon"):
     """The rendered picture of identity `number`, and its attributes (7,)."""
-    context = [values.index(word) for values, word in zip(world.CONTEXT.values(), (scene, accessory, light))]
+    context = []
+    for values, word in zip(world.CONTEXT.values(), (scene, accessory, light)):
+        assert word in values, f"no {word!r} in this world; choose one of {', '.join(filter(None, values))}"
+        context.append(values.index(word))
     identity = world.identity_of([number])
     pixels = world.render(identity, torch.tensor([context]), torch.tensor([[0., .16, 1.16, 0.]]))
     return to_images(pixels)[0], identity[0]
@@ -123,25 +167,25 @@ def critter(number, scene="in the meadow", accessory="", light="at noon"):
 
 # ---- the vision-language model's comparison --------------------------------------------------------------------------
 def same_parts(answer):
-    """What the line "compare" says: {"shape": True, "ears": False, ...}. What it does not say counts as different."""
+    """The line "compare" of an answer: {"shape": True, "ears": False, ...}. A part not mentioned counts as different."""
     line = re.search(r"^compare:(.*)$", answer, re.MULTILINE)
     found = dict(re.findall(r"(\w+) [^,]*?(same|different)", line.group(1))) if line else {}
     return {part: found.get(part) == "same" for part in PARTS}
 
 
 def compare(vlm, pairs):
-    """Asks curate.py's question about pairs of images; returns the answers."""
+    """The answers to curate.py's question about pairs of images."""
     return curate.ask(*vlm, [list(pair) for pair in pairs], curate.PAIR_QUESTION, 64, 200)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 @contextmanager
 def attention_maps():
-    """Inside `with attention_maps() as maps:` every attention of a FLUX transformer appends its map to `maps`.
+    """Inside `with attention_maps() as maps:` each attention layer of a FLUX transformer appends its map to `maps`.
 
-    A map is (B, L, L), the mean over the heads: row = the token that looks, column = the token it looks at, text tokens
-    first, each row sums to 1. It is computed a second time, in the open, from the queries and keys that the fused
-    attention gets."""
+    A map is (B, L, L), the mean over the heads: each row belongs to a query token and sums to 1, each column to a key
+    token; text tokens come first. The map is computed from the queries and keys beside the fused attention, which does
+    not return one."""
     fused, maps = transformer_flux.dispatch_attention_fn, []
 
     def recording(query, key, value, attn_mask=None, **rest):  # query, key (B, L, heads, D)
@@ -159,7 +203,7 @@ def attention_maps():
 
 
 def heat(axis, image, weights, looking=None):
-    """A heat map of `weights` (rows, columns of tokens) over a grey image; `looking` (row, column) gets a frame."""
+    """A heat map of `weights` (rows, columns of tokens) over a grey image; the token `looking` (row, column) is framed."""
     weights = weights.float().cpu()
     axis.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=300)
     shade = axis.imshow(weights, cmap="autumn_r", vmin=0, alpha=0.9 * weights / weights.max(),

@@ -1,20 +1,25 @@
-"""Runs the lessons and derives the student notebooks: the solutions are written once, in `solutions/`.
+"""Run the lessons, prove their exercises, and derive the student notebooks from the solutions.
 
     python notebooks/make.py            # run every solution in place, then derive every student notebook
-    python notebooks/make.py 1 4        # only lessons 1 and 4
+    python notebooks/make.py 1 4        # lessons 1 and 4 only
     python notebooks/make.py --derive   # run nothing: derive the student notebooks from the solutions as they are
 
-Edit `solutions/*.ipynb` only. What stands there between `# solution` and `# end` (in a text cell: `<!-- solution -->`
-and `<!-- end -->`) becomes a blank. The first line of a cell may be a mark: `# check` (tests an answer) and `# try`
-(shows what was to be predicted) lose their outputs in the student's copy, as the exercises do; the first picture that a
-`# picture` cell draws becomes `pictures/LESSON.png`, which the lesson opens with.
+Edit `solutions/*.ipynb` only. What stands there between `# solution` and `# end` is taken out of the student's copy
+(in a text cell: between `<!-- solution -->` and `<!-- end -->`). In its place the student finds the lines that start
+with `# blank: `, or, inside a function, one line that raises NotImplementedError.
 
-A check that a blank would pass is worth nothing, so every run tries that as well: before a check, the exercise is run as
-the student gets it, and the check must fail.
+Raw cells below an exercise hold other answers to it, which the student's copy loses: `# also right` must pass the check,
+and `# wrong: words` must fail it with a message that contains these words.
+
+The first line of a cell may be a mark. `# check` tests an answer; `# try` shows what was to be predicted. Both lose
+their outputs in the student's copy, as exercises do. The first picture that a `# picture` cell draws becomes
+`pictures/LESSON.png`, with which the lesson opens.
+
+Every run proves each exercise: the blank fails its check; the wrong answers fail, each with its message; the other right
+answers pass, and so does the solution after all of them, twice in a row.
 """
 
 import argparse
-import ast
 import base64
 import copy
 import os
@@ -31,6 +36,8 @@ KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name
           "language_info": {"name": "python"}}
 CODE_BLANK = re.compile(r"^( *)# solution\n(.*?)^ *# end$", re.MULTILINE | re.DOTALL)
 TEXT_BLANK = re.compile(r"<!-- solution -->\n.*?<!-- end -->", re.DOTALL)
+SHOWN = re.compile(r"^ *# blank: (.*)\n", re.MULTILINE)  # what the student finds in a blank
+RIGHT, WRONG = "# also right", "# wrong: "
 
 
 def lessons(numbers=()):
@@ -42,16 +49,21 @@ def lessons(numbers=()):
 def blank(source):
     """A code cell with its solutions taken out."""
     def empty(found):
-        indent, lines = found[1], found[2].strip("\n").count("\n") + 1
+        indent, shown, lines = found[1], SHOWN.findall(found[2]), found[2].strip("\n").count("\n") + 1
+        if not shown and not indent:
+            raise ValueError(f"a blank outside of a function needs `# blank: ` lines: {found[2]}")
         size = "1 line" if lines == 1 else f"{lines} lines"
-        return f'{indent}raise NotImplementedError("your turn")  # {size} in the solution'
+        shown = shown or [f'raise NotImplementedError("your turn")  # {size} in the solution']
+        return "\n".join(indent + line for line in shown)
     return CODE_BLANK.sub(empty, source)
 
 
 def student(notebook):
     """The student's copy of a solution notebook."""
     copied = copy.deepcopy(notebook)
-    for cell in copied.cells:
+    copied.cells = [cell for cell in copied.cells if cell.cell_type != "raw"]
+    for i, cell in enumerate(copied.cells):
+        cell.id = f"cell-{i}"
         if cell.cell_type == "markdown":
             cell.source = TEXT_BLANK.sub("*Your answer:*", cell.source).replace("](../", "](")
             continue
@@ -63,7 +75,7 @@ def student(notebook):
 
 
 def clean(notebook):
-    """Keep what a reader needs: no run's own metadata, no progress bars and warnings of the libraries."""
+    """Keep what a reader needs, without the run's own metadata and without progress bars and warnings."""
     notebook.metadata, count = nbformat.from_dict(KERNEL), 0
     for i, cell in enumerate(notebook.cells):
         cell.metadata, cell.id = nbformat.from_dict({}), f"cell-{i}"
@@ -81,51 +93,65 @@ def clean(notebook):
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 def execute(notebook):
-    """Runs a solution notebook in place, in `notebooks/` and without progress bars.
+    """Run a solution notebook in place, in `notebooks/` and without progress bars, and prove its exercises.
 
-    Returns how many blanks it tried and the seconds of processor time that all of it took."""
+    Returns how many answers were tried, and the seconds of processor time that all of it took."""
     os.environ["TQDM_DISABLE"] = "1"
-    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", record_timing=False,
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(HERE)}})
-    exercise, tried = None, 0
+    exercise, others, tried = None, [], 0
     with client.setup_kernel():
         for i, cell in enumerate(notebook.cells):
-            if cell.cell_type == "code" and CODE_BLANK.search(cell.source):
-                exercise = cell
-            if exercise and cell.source.startswith("# check"):
-                try_blank(client, i, exercise.source, cell.source)
-                notebook.cells[i], exercise, tried = cell, None, tried + 1
+            if cell.cell_type == "raw":
+                others.append(cell.source)
+            elif cell.cell_type == "code" and CODE_BLANK.search(cell.source):
+                exercise, others = cell.source, []
+            check = exercise and cell.source.startswith("# check")
+            if check:
+                try_answers(client, i, exercise, others, cell.source)
             client.execute_cell(cell, i)
+            if check:
+                expect(client, i, cell.source, None, "the check, run a second time,")
+                exercise, tried = None, tried + len(others) + 2
+            notebook.cells[i] = cell
         clock = nbformat.v4.new_code_cell("import time; print(time.process_time())")
         last, seconds = notebook.cells[-1], client.execute_cell(clock, len(notebook.cells) - 1).outputs[0].text
         notebook.cells[-1] = last
     return tried, float(seconds)
 
 
-def try_blank(client, i, solution, check):
-    """Runs an exercise as the student gets it, then its check, which must fail; then the solution again."""
-    if not runs(client, i, blank(solution)):  # a blank outside of a function: what it should set is not set
-        for name in assigned(solution):
-            runs(client, i, f"del {name}")
-    if runs(client, i, check):
-        raise ValueError(f"the check in cell {i} passes without a solution")
-    if not runs(client, i, solution):
-        raise ValueError(f"the exercise before cell {i} cannot be run twice")
+def try_answers(client, i, exercise, others, check):
+    """Run an exercise's blank, its wrong and its other right answers, each with the check; leave the solution in place."""
+    run(client, i, blank(exercise))
+    expect(client, i, check, "your turn", "the blank")
+    for answer in others:
+        expect(client, i, answer, None, answer)
+        mark, words = answer.split("\n")[0], None
+        if mark.startswith(WRONG):
+            words = mark.removeprefix(WRONG)
+        elif mark != RIGHT:
+            raise ValueError(f"cell {i}: a raw cell begins with `{RIGHT}` or `{WRONG}words`")
+        expect(client, i, check, words, answer)
+    expect(client, i, exercise, None, "the solution, run again,")
 
 
-def runs(client, i, source):
-    """Whether some code runs without an error."""
+def expect(client, i, source, words, what):
+    """Run some code: without `words` it must pass, else it must fail with a message that contains them."""
+    error = run(client, i, source)
+    if words is None and error:
+        raise ValueError(f"cell {i}: {what} should pass, but stopped with {error.ename}: {error.evalue}")
+    if words is not None and not error:
+        raise ValueError(f"cell {i}: {what} passes the check")
+    if words is not None and words not in error.evalue:
+        raise ValueError(f"cell {i}: {what} fails with {error.ename}: {error.evalue!r}, which does not say {words!r}")
+
+
+def run(client, i, source):
+    """Run some code that is in no notebook; returns the error, or None if there is none."""
     try:
         client.execute_cell(nbformat.v4.new_code_cell(source), i)
-        return True
-    except CellExecutionError:
-        return False
-
-
-def assigned(solution):
-    """The names that the solution parts of a cell set at the cell's own level."""
-    parts = ast.parse("\n".join(found[2] for found in CODE_BLANK.finditer(solution) if not found[1]))
-    return [node.id for node in ast.walk(parts) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    except CellExecutionError as error:
+        return error
 
 
 def keep_picture(notebook, path):
@@ -150,7 +176,7 @@ def main():
             nbformat.write(notebook, file)
         nbformat.write(student(notebook), HERE / file.name)
         done = "derived" if args.derive else (f"{time.time() - begun:.0f} s, {seconds:.0f} s of processor time, "
-                                              f"{tried} blanks tried")
+                                              f"{tried} answers tried")
         print(f"{file.stem}: {done}, {file.stat().st_size / 1e6:.2f} MB")
 
 
