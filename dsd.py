@@ -187,9 +187,10 @@ def encode_prompts(pipe, prompts):
 def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
     """v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)) (R), a (B, N, 64) at x (B, N, 64).
 
-    model(x, condition, text) -> v; condition (B, N, 64), whose null form is zeros (R); text and null_text are tuples of
-    tensors with B rows, the null prompt being "" (R). The passes run as one batch; a pass whose weight is 0 is skipped.
-    (The released code ignores s_t unless s_i > 1; here each scale works by itself.)"""
+    model(x, condition, text) -> v; condition (B, N, 64), whose null form is zeros (R); text: a tuple of tensors with B
+    rows; null_text: the same for the null prompt "" (R), with one row or B. The passes run as one batch; a pass whose
+    weight is 0 is skipped. (The released code ignores s_t unless s_i > 1; here each scale works by itself.)"""
+    null_text = [part.expand(len(x), *part.shape[1:]) for part in null_text]
     weights = 1 - s_i, s_i - s_t, s_t  # of v(0,0), v(I,0) and v(I,T): the formula, sorted by pass
     passes = (torch.zeros_like(condition), null_text), (condition, null_text), (condition, text)
     weights, passes = zip(*[(weight, given) for weight, given in zip(weights, passes) if weight != 0])
@@ -334,9 +335,10 @@ def memory_in_use():
 
 
 def check_here(model):
-    """Refuse a model that is no folder on a machine without a CUDA GPU: those of the hub are too large for it."""
-    if not Path(model).is_dir() and PartialState().device.type != "cuda":
-        raise DsdError(f"no model folder {model}; a model from the hub needs a CUDA GPU, and without one there is the miniature")
+    """Refuse a model that is no folder, so one of the hub, where large models cannot run."""
+    if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
+        raise DsdError(f"no model folder {model}; a model from the hub needs a CUDA GPU with native bfloat16 (RTX 30 or "
+                       "newer), and this machine has the miniature")
 
 
 def check_model(model, *sides):
@@ -354,7 +356,7 @@ def check_model(model, *sides):
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
-def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, **parts):
+def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dtype=None, **parts):
     """A FLUX folder or hub name as a pipeline of class `cls` on the device, with an adapter if one is given.
 
     quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
@@ -364,7 +366,7 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, **p
     large = {name: config for name, config in large.items() if name not in parts}
     options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=large)} if large else {}
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
-        pipe = cls.from_pretrained(model, dtype=weight_dtype(), use_safetensors=True, **options, **parts)
+        pipe = cls.from_pretrained(model, dtype=dtype or weight_dtype(), use_safetensors=True, **options, **parts)
     pipe.set_progress_bar_config(disable=True)
     limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
     if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's

@@ -6,12 +6,12 @@
 
 The reference is frame 1 and the edit frame 2 of one canvas twice as wide as high. The model sees the condition
 [reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2 as the prompt says.
-
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads tensors.
+
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA), `log.jsonl`, `loss.png`,
-`validation/*.png` (pairs held out of training) and `summary.json`; in checkpoint/ the adapter so far, ready for
-sample.py, and the optimiser's state. Started again, the same command goes on from there, and a larger --steps lengthens a
-finished run. Options that do not decide the result (--save_every, --compile, ...) may change in between.
+`validation/*.png` (pairs held out of training), `summary.json`, and in checkpoint/ the adapter so far, ready for
+sample.py, with the optimiser's state. Started again, the same command goes on from there; a larger --steps lengthens a
+finished run, and options that do not decide the result (--save_every, --compile, ...) may change in between.
 """
 
 import dsd  # first: see its head
@@ -133,8 +133,9 @@ def learning_rate_share(step, steps, warmup=20):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def load_student(args):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it is still exactly the teacher."""
+    dtype = torch.float32 if args.precision == "no" else None  # without autocast base and LoRA must have one number format
     others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
-    transformer = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, **others).transformer
+    transformer = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, dtype=dtype, **others).transformer
     dsd.add_lora(dsd.widen(transformer), args.rank)
     cast_training_params(transformer, torch.float32)
     if args.gradient_checkpointing:
@@ -184,10 +185,11 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
     parameters, optimizer = make_optimizer(pipe.transformer, args)
     log = resume(parameters, optimizer, args)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer, device_placement=[False, True])
-    first, begun, main_process = len(log), time.time(), accelerator.is_main_process
+    first, seconds, main_process = len(log), 0, accelerator.is_main_process
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="finetune", disable=not main_process)
     for step in bar:
+        begun = time.time()
         generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
@@ -203,6 +205,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
             group["lr"] = args.learning_rate * group["factor"] * learning_rate_share(step, args.steps)
         optimizer.step()
         optimizer.zero_grad()
+        seconds += time.time() - begun
         log.append(dict(zip(("step", "loss", "frame_1", "frame_2"), (step, *losses))))
         bar.set_postfix({name: f"{log[-1][name]:.3f}" for name in ("frame_1", "frame_2")}, refresh=False)
         last = step + 1 == args.steps
@@ -211,30 +214,29 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
                 log[-1] |= validate(pipe, held_out, null_text, args, step + 1)
         if main_process and (last or (step + 1) % args.save_every == 0):
             save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
-    return log, (time.time() - begun) / (len(log) - first) if len(log) > first else 0
+    return log, seconds / max(len(log) - first, 1)
 
 
 @torch.no_grad()
 def validate(pipe, held_out, null_text, args, step):
-    """On held-out pairs: draw six beside the truth, and return the losses of both frames, {name: loss}, over 24.
+    """Losses of both frames over 24 held-out pairs, {name: loss}, and a sheet of six of them, drawn, beside the truth.
 
-    Noise and noise levels are the same at every step, so that the losses can be compared."""
-    chosen, generator, losses, rows = held_out[::max(1, len(held_out) // 24)][:24], torch.Generator().manual_seed(0), 0, []
+    Pairs, noise and noise levels are the same at every step, so that the losses can be compared."""
+    chosen, generator = random.Random(0).sample(held_out, min(24, len(held_out))), torch.Generator().manual_seed(0)
+    losses, rows, device = 0, [], pipe.transformer.device
     for i in range(0, len(chosen), args.batch_size):
-        part = chosen[i:i + args.batch_size]
+        part, shown = chosen[i:i + args.batch_size], chosen[i:min(i + args.batch_size, 6)]
         x_0, condition, text = read_cache(part)
         eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(len(part), args.shift, generator)
-        batch = [tensor.to(pipe.transformer.device) for tensor in (x_0, eps, sigma, condition, *text)]
+        batch = [tensor.to(device) for tensor in (x_0, eps, sigma, condition, *text)]
         losses = losses + batch_losses(pipe.transformer, batch, args) * len(part) / len(chosen)
-    for i in range(0, len(chosen[::4]), args.batch_size):
-        part = chosen[::4][i:i + args.batch_size]
-        references, targets = zip(*[open_pair(args, pair) for pair in part])
-        text = [tensor.to(pipe.transformer.device) for tensor in read_cache(part)[2]]
-        nulls = [tensor.expand(len(part), *tensor.shape[1:]) for tensor in null_text]
-        drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), text, nulls, [*range(len(part))], 20, args.image_guidance,
-                                args.text_guidance, args.guidance_scale, frames=args.frames)
-        rows += [[(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
-                 for reference, image, pair, target in zip(references, drawn, part, targets)]
+        if shown:
+            references, targets = zip(*[open_pair(args, pair) for pair in shown])
+            text = [tensor[:len(shown)] for tensor in batch[4:]]
+            drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), text, null_text, list(range(len(shown))), 20,
+                                    args.image_guidance, args.text_guidance, args.guidance_scale, frames=args.frames)
+            rows += [[(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
+                     for reference, image, pair, target in zip(references, drawn, shown, targets)]
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
     return dict(zip(("held_out", "held_out_frame_1", "held_out_frame_2"), losses.tolist()))
 

@@ -78,8 +78,7 @@ def enhance(args, references):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 def draw_batch(pipe, images, prompts, seeds, args):
     """Pictures of the subjects of B reference images as B prompts say."""
-    text = dsd.encode_prompts(pipe, prompts)
-    null_text = tuple(part.expand(len(prompts), *part.shape[1:]) for part in dsd.encode_prompts(pipe, [""]))
+    text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, args.steps, args.image_guidance,
                            args.text_guidance, args.guidance_scale, args.unguided_steps, args.frames)
 
