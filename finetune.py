@@ -119,10 +119,13 @@ def batch_losses(model, batch, args):
     x_0, eps, sigma, condition, *text = batch
     h, w = args.latent_size  # of the canvas
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
-    with sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else contextlib.nullcontext():  # * faster backward
-        v_pred = dsd.run_transformer(model, tokens, sigma, text, dsd.position_ids(h, w).to(tokens.device),
-                                     args.guidance_scale)
-        return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
+    v_pred = dsd.run_transformer(model, tokens, sigma, text, dsd.position_ids(h, w).to(tokens.device), args.guidance_scale)
+    return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
+
+
+def attention(device):
+    """* Plain attention on a CPU, since its backward pass is faster there. Checkpointing repeats it in the backward pass."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -193,8 +196,9 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
-            parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
-            accelerator.backward(parts[0])
+            with attention(accelerator.device):
+                parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
+                accelerator.backward(parts[0])
             losses = losses + parts.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         losses = accelerator.reduce(losses, "mean").tolist()
