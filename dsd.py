@@ -361,12 +361,14 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
 
     quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
     check_model(model)
-    large = {"transformer": diffusers.BitsAndBytesConfig(**NF4, llm_int8_skip_modules=["x_embedder"]),  # that gets wider
-             "text_encoder_2": transformers.BitsAndBytesConfig(**NF4)} if quantize == "nf4" else {}
+    dtype = dtype or weight_dtype()
+    nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype}
+    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # that gets wider
+             "text_encoder_2": transformers.BitsAndBytesConfig(**nf4)} if quantize == "nf4" else {}
     large = {name: config for name, config in large.items() if name not in parts}
     options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=large)} if large else {}
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
-        pipe = cls.from_pretrained(model, dtype=dtype or weight_dtype(), use_safetensors=True, **options, **parts)
+        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **options, **parts)
     pipe.set_progress_bar_config(disable=True)
     limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
     if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's
