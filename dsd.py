@@ -239,7 +239,7 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
 
 # ---- the adapter file ------------------------------------------------------------------------------------------------
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
-    """Write the adapter as FluxControlPipeline.load_lora_weights(folder) reads it; the same weights give the same bytes.
+    """Write the adapter as FluxControlPipeline.load_lora_weights(folder) reads it; same weights, same bytes.
 
     facts: what sampling must know of it, see `adapter_facts`. They go into diffusers' own metadata entry, since
     safetensors writes several entries in no fixed order."""
@@ -266,12 +266,12 @@ def adapter_facts(adapter):
 def load_adapter(pipe, adapter):
     """Load an adapter into a FluxControlPipeline, in place: one of finetune.py, or the authors' released layout."""
     file, _ = adapter_facts(adapter)
-    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file, layers with foreign names
+    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file, foreign layers
         tensors = load_file(file)
         if (file.parent / "transformer").is_dir():
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
-            raise DsdError(f"{file} is an ordinary LoRA without weights for a reference; give an adapter of finetune.py")
+            raise DsdError(f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("its weights are not finite")
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default")
@@ -318,13 +318,13 @@ def weight_dtype():
 
 
 def choose_precision(precision, width):
-    """--precision as accelerate calls it, "bf16" or "no" (float32); for "auto" the one that is faster on this device."""
+    """--precision as accelerate calls it, "bf16" or "no" (float32); for "auto" what is faster on this device."""
     if PartialState().device.type == "cuda":
         return {"auto": "bf16" if weight_dtype() == torch.bfloat16 else "no"}.get(precision, precision)
     gain = 1 if precision == "no" else bfloat16_gain(min(width, 256))
     if precision == "bf16" and gain < 1:
-        print(f"--precision bf16: this CPU emulates bfloat16; its matrix products take {1 / gain:.0f} times as long as with "
-              "--precision no", file=sys.stderr)
+        print(f"--precision bf16: this CPU emulates bfloat16; its matrix products take {1 / gain:.0f} times as long as "
+              "with --precision no", file=sys.stderr)
     return {"auto": "bf16" if gain > 1.3 else "no"}.get(precision, precision)
 
 
@@ -337,13 +337,13 @@ def memory_in_use():
 def check_here(model):
     """Refuse a model that is no folder, so one of the hub, where large models cannot run."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
-        raise DsdError(f"no model folder {model}; a model from the hub needs a CUDA GPU with native bfloat16 (RTX 30 or "
-                       "newer), and this machine has the miniature")
+        raise DsdError(f"no model folder {model}; a model from the hub needs a CUDA GPU with native bfloat16 (RTX "
+                       "30 or newer), and this machine has the miniature")
 
 
 def check_model(model, *sides):
-    """Refuse, from its configuration alone, what is no FLUX model, and picture sides (in pixels) that are not whole tokens.
-    Returns the width of the transformer's layers."""
+    """Refuse, from its configuration alone, what is no FLUX model, and a picture whose sides (in pixels) are not whole
+    tokens. Returns the width of the transformer's layers."""
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
@@ -363,7 +363,7 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
     check_model(model)
     dtype = dtype or weight_dtype()
     nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype}
-    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # that gets wider
+    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # it gets wider
              "text_encoder_2": transformers.BitsAndBytesConfig(**nf4)} if quantize == "nf4" else {}
     large = {name: config for name, config in large.items() if name not in parts}
     options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=large)} if large else {}
@@ -390,12 +390,12 @@ def load_language_model(cls, name, quantize):
 
 
 def warn_of_prompts(pipe, prompts):
-    """Say on stderr what the T5 will not read: the ends of prompts beyond its limit, and words that it does not know."""
+    """Say on stderr what the T5 will not read: ends of prompts beyond its limit, and words that it does not know."""
     t5, limit, prompts = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length, list(dict.fromkeys(prompts))
     encoded = t5(prompts).input_ids
     if long := [ids for ids in encoded if len(ids) > limit]:
-        print(f"warning: {len(long)} of {len(prompts)} prompts are longer than the {limit - 1} tokens that are read; left "
-              f"out of the first: \"{t5.decode(long[0][limit - 1:-1])}\"", file=sys.stderr)
+        print(f"warning: {len(long)} of {len(prompts)} prompts are longer than the {limit - 1} tokens that are read; "
+              f"left out of the first: \"{t5.decode(long[0][limit - 1:-1])}\"", file=sys.stderr)
     words = {word for text, ids in zip(prompts, encoded) if t5.unk_token_id in ids for word in text.split()}
     if unknown := sorted(word for word in words if t5.unk_token_id in t5(word).input_ids):
         print(f"warning: {len(unknown)} words are unknown to this model: {' '.join(unknown[:10])}", file=sys.stderr)
@@ -410,7 +410,7 @@ class Parser(argparse.ArgumentParser):
     """Plain argparse. A flag goes first, then what the model's folder says (dsd.json), then the default shown here."""
 
     def __init__(self, doc, out):
-        style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter  # doc as it is, defaults shown
+        style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=doc, formatter_class=type("Formatter", style, {}), allow_abbrev=False)
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         self.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
@@ -423,8 +423,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: weights of 4 bits; needs "
                           "bitsandbytes and a CUDA GPU")
         if offload:
-            self.add_argument("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights in "
-                              "main memory until they are needed: whole models, or (slower, smaller) single layers")
+            self.add_argument("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights "
+                              "in main memory until they are needed: whole models, or (slower, smaller) single layers")
 
     def parse(self, step=None, **more):
         """The options, with the defaults for this step from the folder of --model, and `more` defaults above those."""
@@ -494,7 +494,7 @@ def open_out(args, step, changeable, **more):
     if not PartialState().is_main_process:
         return None
     kept = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
-    files = {name: name_of(value) for name, value in kept.items() if value and name in ("model", "vlm", "llm", "adapter")}
+    files = {name: name_of(kept[name]) for name in ("model", "vlm", "llm", "adapter") if kept.get(name)}
     run = {"step": step, **kept, **files, **more}
     args.out.mkdir(parents=True, exist_ok=True)
     lock, path, run = FileLock(args.out / ".lock"), args.out / "settings.json", json.loads(json.dumps(run))
@@ -550,7 +550,7 @@ def read_records(path, *texts):
 
 
 def name_of(path):
-    """How records name a model or a file: relative to this project if it is inside, with forward slashes, else as given."""
+    """How records name a model or file: relative to this project if inside, with forward slashes, else as given."""
     root, whole = Path(__file__).resolve().parent, Path(path).resolve()
     inside = whole.exists() and whole.is_relative_to(root)  # a hub name does not exist here
     return whole.relative_to(root).as_posix() if inside else str(path).replace("\\", "/")
@@ -558,8 +558,8 @@ def name_of(path):
 
 def digest(*files, text=""):
     """The first 16 hexadecimal digits of the SHA-256 of some files' contents, and of a text."""
-    parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files] + [text.encode(errors="backslashreplace")]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files]
+    return hashlib.sha256(b"".join([*parts, text.encode(errors="backslashreplace")])).hexdigest()[:16]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ def open_image(path):
 
 
 def fit_image(image, width, height, fit="crop"):
-    """An image of this size: cropped at its centre to the proportions, or (fit="pad") with white added (resizing as R)."""
+    """An image of this size: cropped at its centre to the proportions, or (fit="pad") with white added (bicubic: R)."""
     if fit == "pad":
         return ImageOps.pad(image, (width, height), Image.BICUBIC, color="white")
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
@@ -602,12 +602,13 @@ def save_image(image, path, **options):
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
     width = max(side * image.width // image.height for row in rows for image, _ in row)
-    rows = [[(image, textwrap.wrap(text, width // 6) or [""]) for image, text in row] for row in rows]  # 6 pixels a letter
+    rows = [[(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows]  # 6 pixels a letter
     heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in rows]
     sheet = Image.new("RGB", ((width + 6) * max(map(len, rows)), sum(heights)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for r, row in enumerate(rows):
         for c, (image, lines) in enumerate(row):
-            x, y, smooth = (width + 6) * c + 6, sum(heights[:r]) + 6, Image.NEAREST if image.height < side else Image.LANCZOS
-            sheet.paste(image.resize((side * image.width // image.height, side), smooth), (x, y))
-            ImageDraw.Draw(sheet).text((x, y + side), "\n".join(lines), fill="black", font=ImageFont.load_default(size=11))
+            x, y, size = (width + 6) * c + 6, sum(heights[:r]) + 6, (side * image.width // image.height, side)
+            sheet.paste(image.resize(size, Image.NEAREST if image.height < side else Image.LANCZOS), (x, y))
+            draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
     save_image(sheet, path)

@@ -5,7 +5,7 @@
     accelerate launch finetune.py                            # several GPUs share each batch
 
 The reference is frame 1 and the edit frame 2 of one canvas twice as wide as high. The model sees the condition
-[reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2 as the prompt says.
+[reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2 as prompted.
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads tensors.
 
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA), `log.jsonl`, `loss.png`,
@@ -62,7 +62,8 @@ def open_pair(args, pair):
 def cache_file(args, pair):
     """Where a pair's tensors are kept. The name follows from the contents: another picture has another file."""
     pictures = [args.pairs / pair[name] for name in ("reference_file_name", "target_file_name")]
-    return args.out / "cache" / f"{dsd.digest(*pictures, text=str([pair['prompt'], args.width, args.height]))}.safetensors"
+    name = dsd.digest(*pictures, text=str([pair["prompt"], args.width, args.height]))
+    return args.out / "cache" / f"{name}.safetensors"
 
 
 def encode_pairs(pipe, pairs, args, state):
@@ -75,11 +76,11 @@ def encode_pairs(pipe, pairs, args, state):
         reference, target = map(dsd.to_pixels, zip(*[open_pair(args, pair) for pair in part]))  # (n, 3, H, W)
         two = args.frames == 2
         x_0 = dsd.encode(pipe.vae, dsd.canvas(reference, target) if two else target)  # (n, N, 64), both frames
-        condition = dsd.encode(pipe.vae, dsd.canvas(reference) if two else reference)  # (n, N, 64), the right frame black
+        condition = dsd.encode(pipe.vae, dsd.canvas(reference) if two else reference)  # right frame black
         tensors = x_0, condition, *dsd.encode_prompts(pipe, [pair["prompt"] for pair in part])
         for pair, *row in zip(part, *(tensor.to("cpu", torch.bfloat16) for tensor in tensors)):
             with dsd.writing(pair["cache"]) as file:
-                save_file({name: t.contiguous() for name, t in zip(("x_0", "condition", "embeds", "pooled"), row)}, file)
+                save_file(dict(zip(("x_0", "condition", "embeds", "pooled"), (t.contiguous() for t in row))), file)
     state.wait_for_everyone()
 
 
@@ -136,7 +137,7 @@ def learning_rate_share(step, steps, warmup=20):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def load_student(args):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it is still exactly the teacher."""
-    dtype = torch.float32 if args.precision == "no" else None  # without autocast base and LoRA must have one number format
+    dtype = torch.float32 if args.precision == "no" else None  # without autocast all weights are of one kind
     others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
     transformer = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, dtype=dtype, **others).transformer
     dsd.add_lora(dsd.widen(transformer), args.rank)
@@ -184,7 +185,7 @@ def resume(parameters, optimizer, args):
 
 
 def train(pipe, pairs, held_out, null_text, args, accelerator):
-    """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log and the seconds a step took."""
+    """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log and seconds per step."""
     parameters, optimizer = make_optimizer(pipe.transformer, args)
     log = resume(parameters, optimizer, args)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer, device_placement=[False, True])
@@ -250,7 +251,8 @@ def draw_losses(log, path, window=25):
     axes = (figure := Figure(figsize=(7, 4))).subplots()
     k = min(window, len(log))
     for colour, (name, label) in zip(("C0", "C1"), (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)"))):
-        axes.plot(range(k, len(log) + 1), numpy.convolve([r[name] for r in log], [1 / k] * k, "valid"), colour, label=label)
+        means = numpy.convolve([r[name] for r in log], [1 / k] * k, "valid")
+        axes.plot(range(k, len(log) + 1), means, colour, label=label)
         held_out = [(r["step"] + 1, r[f"held_out_{name}"]) for r in log if f"held_out_{name}" in r]
         axes.plot(*zip(*held_out), colour + "o", label=f"{label}, held out") if held_out else None
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
@@ -261,39 +263,39 @@ def draw_losses(log, path, window=25):
 
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/adapter")
-    add = parser.add_argument
+    add, positive, amount = parser.add_argument, dsd.at_least(1), dsd.at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--pairs", type=Path, default=Path("runs/pairs"), help="what curate.py wrote")
-    add("--width", type=dsd.at_least(1), help="of a frame in pixels; default: that of the first picture")
-    add("--height", type=dsd.at_least(1), help="of a frame in pixels; default: that of the first picture")
-    add("--steps", type=dsd.at_least(1), default=10_000, help="optimiser steps")
-    add("--rank", type=dsd.at_least(1), default=64, help="rank of the LoRA; the paper's is 512")
-    add("--batch_size", type=dsd.at_least(1), default=1, help="pairs a step, over all processes")
-    add("--accumulate", type=dsd.at_least(1), default=1, help="backward passes a step: the batch is so many times larger")
-    add("--learning_rate", type=dsd.at_least(0, float), default=1e-4, help="of AdamW, after a warm-up")
-    add("--condition_lr_factor", type=dsd.at_least(0, float), default=5.0, help="the condition columns learn so much faster")
-    add("--lora_lr_factor", type=dsd.at_least(0, float), default=1.0, help="ablation: 0 trains the condition columns alone")
-    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of the noise levels; large: most of them are high")
-    add("--condition_dropout", type=dsd.at_least(0, float), default=0.1, help="share of pairs without reference (guidance)")
-    add("--prompt_dropout", type=dsd.at_least(0, float), default=0.1, help="share of pairs without prompt (for guidance)")
+    add("--width", type=positive, help="of a frame in pixels; default: that of the first picture")
+    add("--height", type=positive, help="of a frame in pixels; default: that of the first picture")
+    add("--steps", type=positive, default=10_000, help="optimiser steps")
+    add("--rank", type=positive, default=64, help="rank of the LoRA; the paper's is 512")
+    add("--batch_size", type=positive, default=1, help="pairs a step, over all processes")
+    add("--accumulate", type=positive, default=1, help="backward passes a step: the batch is so many times larger")
+    add("--learning_rate", type=amount, default=1e-4, help="of AdamW, after a warm-up")
+    add("--condition_lr_factor", type=amount, default=5.0, help="the condition columns learn that much faster")
+    add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains the condition columns alone")
+    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of noise levels; large: most of them are high")
+    add("--condition_dropout", type=amount, default=0.1, help="share of pairs without reference (guidance)")
+    add("--prompt_dropout", type=amount, default=0.1, help="share of pairs without prompt (for guidance)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")
-    add("--frame_weights", type=dsd.at_least(0, float), nargs=2, default=[1.0, 1.0], help="of the losses of the two frames")
-    add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, for models that have it")
-    add("--image_guidance", type=dsd.at_least(0, float), default=1.0, help="s_i that sampling with the adapter shall use")
-    add("--text_guidance", type=dsd.at_least(0, float), default=1.0, help="s_t that sampling with the adapter shall use")
+    add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="of the losses of the two frames")
+    add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
+    add("--image_guidance", type=amount, default=1.0, help="s_i that sampling with the adapter shall use")
+    add("--text_guidance", type=amount, default=1.0, help="s_t that sampling with the adapter shall use")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks: it takes a minute, then steps are faster")
-    add("--precision", choices=["auto", "bf16", "no"], default="auto", help="of the arithmetic; auto: what is faster here")
-    add("--validation_grids", type=dsd.at_least(0), default=4, help="grids held out of training, at most a quarter of them")
-    add("--validate_every", type=dsd.at_least(1), default=500, help="steps between validations on these grids")
-    add("--save_every", type=dsd.at_least(1), default=250, help="steps between checkpoints")
+    add("--precision", choices=["auto", "bf16", "no"], default="auto", help="auto: what is faster on this device")
+    add("--validation_grids", type=dsd.at_least(0), default=4, help="grids held out of training, at most a quarter")
+    add("--validate_every", type=positive, default=500, help="steps between validations on these grids")
+    add("--save_every", type=positive, default=250, help="steps between checkpoints")
     add("--seed", type=dsd.at_least(0), default=0, help="of data order, noise and LoRA initialisation")
     parser.add_large_model_options(offload=False)
     return parser.parse("finetune")
 
 
 def prepare(args, processes):
-    """Check what could not be trained, find out what was left open, and return the pairs to train on and those held out."""
+    """Refuse what cannot be trained, settle what was left open; returns the pairs to train on and those held out."""
     pairs, held_out = read_pairs(args)
     size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
     args.width, args.height = args.width or size[0], args.height or size[1]
@@ -339,9 +341,10 @@ def main():
         shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, args.out / dsd.ADAPTER_FILE)
         draw_losses(log, args.out / "loss.png")
         summary = {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log), "seconds_per_step": seconds}
-        dsd.write_json(args.out / "summary.json", summary) if seconds else None  # of a run that was finished it is there
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps of {seconds:.2f} s, {dsd.memory_in_use()}; look "
-              f"at {args.out / 'validation'} and {args.out / 'loss.png'}")
+        if seconds:  # if nothing was left to do, it is there
+            dsd.write_json(args.out / "summary.json", summary)
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps of {seconds:.2f} s, {dsd.memory_in_use()}; "
+              f"look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
 
 

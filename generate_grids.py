@@ -9,12 +9,13 @@ The four panels of a grid are one image whose tokens attend to one another, so a
 their subject alike. Which panels really agree is the question of the next step, curate.py.
 
 Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file, prompt, subject, seed, ...) and
-`overview.png`. Started again after an interruption, the same command draws only what is missing; with a larger --count it
-adds grids to those that are there.
+`overview.png`. Started again after an interruption, the same command draws only what is missing; with a larger --count
+it adds grids to those that are there.
 """
 
 import dsd  # first: see its head
 
+import functools
 import json
 import random
 import re
@@ -43,9 +44,9 @@ GRAMMAR = {
 }
 LLM_REQUEST = """Invent one clear subject (a character, an animal or an object) that could star in a picture book, and \
 four different settings for it. For inspiration only, some captions of real pictures: {references}
-Answer with JSON only: {{"subject": "...", "settings": ["...", "...", "...", "..."]}}. The subject has at most 12 words \
-and names no place; each setting has at most 15 words and does not repeat the subject."""
-REFERENCES = ["a brown dog asleep on a red sofa", "a vintage bicycle leaning against a wall", "a chef plating a dessert",
+Answer with JSON only: {{"subject": "...", "settings": ["...", "...", "...", "..."]}}. The subject has at most 12 \
+words and names no place; each setting has at most 15 words and does not repeat the subject."""
+REFERENCES = ["a brown dog asleep on a red sofa", "a vintage bicycle leaning on a wall", "a chef plating a dessert",
               "two kites over a windy beach", "a porcelain cup with a painted bird", "a fire engine outside a station",
               "an elderly violinist on a bridge", "a hiking boot on a mossy stone", "a parrot on a branch"]
 
@@ -53,11 +54,11 @@ REFERENCES = ["a brown dog asleep on a red sofa", "a vintage bicycle leaning aga
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 def grid_prompt(grammar, family, subject, scene, phrases):
     """A grid's record from its parts. phrases: what the prompt says of each of the four panels, in reading order."""
+    name = re.sub("^(an?|the) ", "", subject, flags=re.IGNORECASE)
     panels = ", ".join(place.format(phrase) for place, phrase in zip(grammar["panels"], phrases))
-    name = re.sub("^(an?|the) ", "", subject, flags=re.IGNORECASE) if family == "subject" else subject  # "the same fox"
-    panel_prompts = [" ".join(filter(None, (subject, scene, phrase))) for phrase in phrases]
-    return {"prompt": grammar[family].format(subject=name, scene=scene, panels=panels), "panel_prompts": panel_prompts,
-            "subject": name if family == "subject" and subject.startswith(("a ", "an ")) else subject, "family": family}
+    prompt = grammar[family].format(subject=name if family == "subject" else subject, scene=scene, panels=panels)
+    return {"prompt": prompt, "panel_prompts": [" ".join(filter(None, (subject, scene, p))) for p in phrases],
+            "subject": name, "family": family}
 
 
 def grammar_prompt(grammar, families, seed):
@@ -119,26 +120,22 @@ def llm_prompts(args):
     """`args.count` grids of different subjects that a chat model invents. Every answer is kept in --out/subjects.
 
     The processes share the questions in rounds, so that none waits long for another."""
-    state, folder, model = PartialState(), args.out / "subjects", None
-    grids, number = {}, 0  # number: how many answers have been read
+    state, load = PartialState(), functools.cache(lambda: load_llm(args))
+    grids, asked = {}, 0
     while len(grids) < args.count:
-        if number > 20 + 4 * len(grids):
-            raise dsd.DsdError(f"--llm {args.llm}: only {len(grids)} of {number} answers could be used; take a larger "
+        if asked > 20 + 4 * len(grids):
+            raise dsd.DsdError(f"--llm {args.llm}: only {len(grids)} of {asked} answers could be used; take a larger "
                                "chat model, or --prompts")
-        last = number + min(args.count - len(grids), 8 * state.num_processes)
-        for n in range(number, last)[state.process_index::state.num_processes]:
-            if not (folder / f"{n:06d}.json").exists():
-                model = model or load_llm(args)
-                dsd.write_json(folder / f"{n:06d}.json", {"answer": ask_llm(*model, n, args.seed)})
+        files = [args.out / "subjects" / f"{n:06d}.json" for n in range(asked, asked + 8 * state.num_processes)]
+        for file in files[state.process_index::state.num_processes]:
+            if not file.exists():
+                dsd.write_json(file, {"answer": ask_llm(*load(), int(file.stem), args.seed)})
         state.wait_for_everyone()
-        for number in range(number, last):
-            found = parse_llm(dsd.read_json(folder / f"{number:06d}.json")["answer"])
-            if found and len(grids) < args.count:
-                grids.setdefault(found[0].lower(), grid_prompt(args.grammar, "subject", found[0], "", found[1]))
-        number = last
-    if state.is_main_process:
-        print(f"{args.llm}: {len(grids)} subjects from {number} answers")
-    return list(grids.values())
+        found = filter(None, (parse_llm(dsd.read_json(file)["answer"]) for file in files))
+        grids |= {subject.lower(): grid_prompt(args.grammar, "subject", subject, "", phrases)
+                  for subject, phrases in found if subject.lower() not in grids}
+        asked += len(files)
+    return list(grids.values())[:args.count]
 
 
 def load_llm(args):
@@ -151,12 +148,8 @@ def load_llm(args):
 
 def plan(args):
     """Every grid of this run in order, a list of records: what to draw, and with which seed."""
-    seed, listed = args.seed * 1_000_003, None
-    families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
-    if args.prompts:
-        listed = file_prompts(args.prompts, args.grammar)
-    if args.llm:
-        listed = llm_prompts(args)
+    seed, families = args.seed * 1_000_003, {"both": ["subject", "subject", "relight"]}.get(args.family, [args.family])
+    listed = file_prompts(args.prompts, args.grammar) if args.prompts else llm_prompts(args) if args.llm else None
     options = {name: getattr(args, name) for name in ("steps", "width", "height", "guidance_scale", "true_cfg_scale")}
     return [{"file": f"{i:06d}.png",
              **(listed[i % len(listed)] if listed else grammar_prompt(args.grammar, families, seed + i)),
@@ -189,7 +182,7 @@ def parse_args():
     add("--panel", type=dsd.at_least(1), default=512, help="side of a square panel in pixels")
     add("--width", type=dsd.at_least(1), help="of a panel that is not square")
     add("--height", type=dsd.at_least(1), help="of a panel that is not square")
-    add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, for models that have it")
+    add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, if the model has it")
     add("--true_cfg_scale", type=dsd.at_least(0, float), default=1.0, help="prompt guidance by a second pass; 1 is off")
     add("--seed", type=dsd.at_least(0), default=0, help="of prompts and noise")
     parser.add_large_model_options()
@@ -210,8 +203,8 @@ def main():
                         model=dsd.name_of(args.model), prompts=args.prompts and dsd.digest(args.prompts),
                         grammar=dsd.digest(text=json.dumps(args.grammar)))
     grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
-    state, main_process = PartialState(), PartialState().is_main_process
-    if main_process:
+    state = PartialState()
+    if main_process := state.is_main_process:
         dsd.write_json(args.out / "grids.jsonl", grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
     if main_process:

@@ -6,7 +6,7 @@
     python sample.py --model black-forest-labs/FLUX.1-dev --adapter FOLDER --image photo.jpg --prompt "..."
 
 Nothing is tuned here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands for the
-image's file name ("a {name} in space"). Images are cropped at the centre (or padded, --fit) to the picture's proportions.
+image's file name ("a {name} in space"). Images are cropped at the centre, or padded (--fit), to the right proportions.
 Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if finetune.py has
 made one, else the one shipped with the model. An adapter brings the picture size and the guidance that it wants; flags
 go first.
@@ -61,7 +61,7 @@ def name_subject(prompt, file):
 
 
 def enhance(args, references):
-    """What a vision-language model sees in each reference, {file: details}, to complete the prompts (paper, appendix)."""
+    """What a vision-language model sees in each reference, {file: details}, to complete the prompts (R)."""
     path, model, seen = args.out / "details.json", None, {}
     if path.exists():
         seen = dsd.read_json(path)
@@ -86,9 +86,10 @@ def draw_batch(pipe, images, prompts, seeds, args):
 def save_with_settings(image, path, case, args):
     """A PNG that carries its own settings: `json.loads(Image.open(path).text["dsd"])`."""
     options = {name: getattr(args, name) for name in ("steps", "image_guidance", "text_guidance", "guidance_scale")}
-    names = {"model": dsd.name_of(args.model), "adapter": dsd.name_of(args.adapter), "image": dsd.name_of(case["image"])}
+    names = {"image": case["image"], "model": args.model, "adapter": args.adapter}
+    told = {**case, **options, **{key: dsd.name_of(path) for key, path in names.items()}}
     info = PngInfo()
-    info.add_itxt("dsd", json.dumps({**case, **options, **names}, ensure_ascii=False))
+    info.add_itxt("dsd", json.dumps(told, ensure_ascii=False))
     dsd.save_image(image, path, pnginfo=info)
 
 
@@ -96,7 +97,7 @@ def parse_args():
     parser = dsd.Parser(__doc__, "runs/samples")
     add, amount = parser.add_argument, dsd.at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help="a folder with pytorch_lora_weights.safetensors, or such a file (default: see above)")
+    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, or the file (default: see above)")
     add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
@@ -151,8 +152,8 @@ def main():
                                           for path, case in zip(paths, cases) if case["image"] == file]
                 for file, image in references.items()]
         dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-        print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, {dsd.memory_in_use()}; "
-              f"look at {args.out / 'contact_sheet.png'}")
+        print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, "
+              f"{dsd.memory_in_use()}; look at {args.out / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
