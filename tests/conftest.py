@@ -152,3 +152,45 @@ def call(monkeypatch, capsys):
             code = stop.code
         return code, *capsys.readouterr()
     return call
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """A picture of another size than the model's panels."""
+    path = tmp_path_factory.mktemp("reference") / "round horned critter.png"
+    critter(4321, [1, 0, 0]).resize((90, 64)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def commands(flux, vlm, pairs, reference):
+    """The four steps at tiny settings: {script: its arguments}. The training is on rendered pairs."""
+    return {name: list(map(str, args)) for name, args in {
+        "generate_grids": ["--model", flux, "--count", 6, "--steps", 4, "--batch_size", 2],
+        "curate": ["--vlm", vlm, "--tolerance", 9, "--batch_size", 12],
+        "finetune": ["--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 4, "--batch_size", 2, "--save_every", 4,
+                     "--validate_every", 3, "--precision", "no"],
+        "sample": ["--model", flux, "--image", reference, "--steps", 3, "--batch_size", 2, "--seed", 0, 1, "--prompt",
+                   "a {name} in space at noon", "a critter in a cave"]}.items()}
+
+
+@pytest.fixture(scope="session")
+def chain(commands, tmp_path_factory):
+    """A folder in which the four steps have run, and what they printed: (folder, {script: (stdout, stderr)})."""
+    folder, printed = tmp_path_factory.mktemp("chain"), {}
+    for script, args in commands.items():
+        done = subprocess.run(command(f"{script}.py", *args), cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 0 or script == "curate" and "pairs was accepted" in done.stderr, done.stderr[-3000:]
+        printed[script] = done.stdout, done.stderr  # a VLM of random weights accepts nothing
+    return folder, printed
+
+
+def pictures(folder):
+    """The PNG files of a folder: {name: bytes}."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def written(folder):
+    """What scripts wrote below a folder: {name: bytes}, without the locks; of measured times only that they are there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.parts[-2:] != ("adapter", "summary.json") else None
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}

@@ -12,8 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-import curate
-
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -278,27 +276,3 @@ def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatc
                           (dsd.MINIATURE, {"flux": "miniature/flux", "owner/model": "owner/model"})):
         monkeypatch.chdir(folder)
         assert {given: dsd.name_of(given) for given in names} == names
-
-
-# ---- the curator's answers -------------------------------------------------------------------------------------------
-def answer_with(differing, verdict):
-    parts = ", ".join(f"{name} {'different' if name in differing else 'same'}" for name in ("shape", "colour", "eyes"))
-    return f"subject: a critter\nimage 1: blue\nimage 2: blue\ncompare: {parts}\nverdict: {verdict}"
-
-
-@pytest.mark.parametrize("differing, said, tolerance, verdict", [
-    ([], "yes", 0, "yes"), (["eyes"], "no", 0, "no"), (["eyes"], "no", 1, "yes"), (["eyes", "shape"], "no", 1, "no"),
-    ([], "no", 1, "no")])  # a no without a named difference stays a no
-def test_tolerance_accepts_a_no_with_few_differing_parts_and_nothing_else(differing, said, tolerance, verdict):
-    found, reason = curate.parse(answer_with(differing, said), tolerance)
-    assert found == verdict and ("tolerated" in reason) == (said != verdict)
-    assert said == "yes" or all(part in reason for part in differing)
-
-
-@pytest.mark.parametrize("answer, verdict", [
-    ("verdict: no", "unparsable"), ("", "unparsable"), ("verdict: yes\n" + answer_with([], "yes"), "unparsable"),
-    (answer_with([], "yes or no"), "unparsable"), (answer_with([], "yes").replace("compare", "contrast"), "unparsable"),
-    (answer_with([], "yes") + " " + curate.TRUNCATED, "truncated"), (answer_with([], "Yes, the same fox."), "yes"),
-    ("```\n**" + answer_with([], "no").replace("\n", "\n**").replace(":", ":**") + "\n```", "no")])
-def test_an_answer_counts_only_with_all_five_steps_in_order(answer, verdict):
-    assert curate.parse(answer, tolerance=9)[0] == verdict
