@@ -244,7 +244,7 @@ def read_grids(args):
         raise dsd.DsdError(f"no {args.grids / 'grids.jsonl'}; run generate_grids.py first, or give --grids")
     records = dsd.read_records(args.grids / "grids.jsonl", "file", "prompt", "subject", "family")
     grids = dict(enumerate(list({record["file"]: record for record in records}.values())[:args.limit]))
-    if not grids or not all(1 <= grid.get(name, 0) <= 8 for grid in grids.values() for name in ("rows", "columns")):
+    if not grids or not all(grid.get(name) in range(1, 9) for grid in grids.values() for name in ("rows", "columns")):
         raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns; run generate_grids.py again")
     return grids
 
