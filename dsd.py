@@ -356,7 +356,7 @@ def check_model(model, *sides):
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
-def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dtype=None, **parts):
+def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dtype=None, prompt_tokens=None, **parts):
     """A FLUX folder or hub name as a pipeline of class `cls` on the device, with an adapter if one is given.
 
     quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
@@ -371,11 +371,12 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **options, **parts)
     pipe.set_progress_bar_config(disable=True)
     limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
-    if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's
-        limits.append(folder_settings(model).get("canvas_prompt_tokens", 512))
-    pipe.tokenizer_2.model_max_length = min(limits)
     if adapter:
         load_adapter(pipe, adapter)  # before offloading takes the weights away
+        prompt_tokens = adapter_facts(adapter)[1].get("prompt_tokens")
+    if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's
+        limits.append(prompt_tokens or folder_settings(model).get("canvas_prompt_tokens", 512))
+    pipe.tokenizer_2.model_max_length = min(limits)
     if offload == "none":
         return pipe.to(PartialState().device)
     getattr(pipe, f"enable_{offload}_cpu_offload")(device=PartialState().device)

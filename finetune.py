@@ -46,8 +46,8 @@ def read_pairs(args):
     records = list({tuple(r[name] for name in names): r for r in dsd.read_records(path, *names)}.values())
     if not records or not all(r["prompt"].strip() for r in records):
         raise dsd.DsdError(f"{path}: no pairs, or one with an empty prompt")
-    grid_of = [r.get("grid", r["reference_file_name"]) for r in records]
-    grids = sorted(set(grid_of), key=str)
+    grid_of = [str(r.get("grid", r["reference_file_name"])) for r in records]
+    grids = sorted(set(grid_of))
     held_out = random.Random(args.seed).sample(grids, min(args.validation_grids, len(grids) // 4))
     return ([r for r, grid in zip(records, grid_of) if grid not in held_out],
             [r for r, grid in zip(records, grid_of) if grid in held_out])
@@ -62,7 +62,7 @@ def open_pair(args, pair):
 def cache_file(args, pair):
     """Where a pair's tensors are kept. The name follows from the contents: another picture has another file."""
     pictures = [args.pairs / pair[name] for name in ("reference_file_name", "target_file_name")]
-    name = dsd.digest(*pictures, text=str([pair["prompt"], args.width, args.height]))
+    name = dsd.digest(*pictures, text=str([pair["prompt"], args.width, args.height, args.prompt_tokens]))
     return args.out / "cache" / f"{name}.safetensors"
 
 
@@ -124,9 +124,10 @@ def batch_losses(model, batch, args):
     return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
 
 
-def attention(device):
-    """* Plain attention on a CPU, since its backward pass is faster there. Checkpointing repeats it in the backward pass."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+def attention(args):
+    """* In bfloat16 a CPU's plain attention has the faster backward pass. (Checkpointing repeats it there.)"""
+    plain = args.precision == "bf16" and PartialState().device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def learning_rate_share(step, steps, warmup=20):
@@ -164,7 +165,7 @@ def save_checkpoint(transformer, parameters, optimizer, log, args):
     """checkpoint/: an adapter that sample.py can use, and, written last, all that the next step depends on."""
     folder, half = args.out / "checkpoint", torch.bfloat16 if parameters[0].is_cuda else torch.float16
     dsd.save_adapter(transformer, folder, {name: getattr(args, name) for name in (
-        "frames", "width", "height", "guidance_scale", "image_guidance", "text_guidance")}, half)
+        "frames", "width", "height", "prompt_tokens", "guidance_scale", "image_guidance", "text_guidance")}, half)
     dsd.write_json(args.out / "log.jsonl", log)
     with dsd.writing(folder / "training_state.pt") as part:
         torch.save({"step": len(log), "parameters": [p.detach().cpu() for p in parameters],
@@ -197,7 +198,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
-            with attention(accelerator.device):
+            with attention(args):
                 parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
                 accelerator.backward(parts[0])
             losses = losses + parts.detach()
@@ -278,6 +279,8 @@ def parse_args():
     add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of noise levels; large: most of them are high")
     add("--condition_dropout", type=amount, default=0.1, help="share of pairs without reference (guidance)")
     add("--prompt_dropout", type=amount, default=0.1, help="share of pairs without prompt (for guidance)")
+    add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
+        "(default: what the model's folder says, else the model's own limit)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")
     add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="of the losses of the two frames")
     add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
@@ -325,7 +328,8 @@ def main():
     accelerator = Accelerator(mixed_precision=args.precision, cpu=state.device.type == "cpu")
 
     # phase 1: encode, then drop the encoders
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, prompt_tokens=args.prompt_tokens,
+                             transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
     encode_pairs(pipe, [*pairs, *held_out], args, accelerator)

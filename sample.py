@@ -114,9 +114,10 @@ def parse_args():
     parser.add_large_model_options()
     parser.set_defaults(prompts=[], references="", shipped_adapter="")
     adapter = find_adapter(parser.parse("sample"))
-    facts = {"frames": 2} | dsd.adapter_facts(adapter)[1]
-    args = parser.parse("sample", **{name: value for name, value in facts.items() if name != "frames"})
-    args.adapter, args.frames, args.prompt = adapter, facts["frames"], args.prompt or args.prompts
+    _, facts = dsd.adapter_facts(adapter)
+    wanted = "width", "height", "guidance_scale", "image_guidance", "text_guidance"
+    args = parser.parse("sample", **{name: facts[name] for name in wanted if name in facts})
+    args.adapter, args.frames, args.prompt = adapter, facts.get("frames", 2), args.prompt or args.prompts
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise dsd.DsdError("--prompt: empty; say what to draw")
     return args
