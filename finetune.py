@@ -342,10 +342,11 @@ def main():
     pipe.transformer = load_student(args)
     log, seconds = train(pipe, pairs, held_out, null_text, args, accelerator)
     if accelerator.is_main_process:
-        shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, args.out / dsd.ADAPTER_FILE)
+        with dsd.writing(args.out / dsd.ADAPTER_FILE) as part:
+            shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, part)
         draw_losses(log, args.out / "loss.png")
         summary = {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log), "seconds_per_step": seconds}
-        if seconds:  # if nothing was left to do, it is there
+        if seconds or not (args.out / "summary.json").exists():  # a run that had finished keeps its time
             dsd.write_json(args.out / "summary.json", summary)
         print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps of {seconds:.2f} s, {dsd.memory_in_use()}; "
               f"look at {args.out / 'validation'} and {args.out / 'loss.png'}")
