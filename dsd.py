@@ -180,6 +180,7 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
     """B prompts -> (T5 embeddings (B, L, D), pooled CLIP embeddings (B, P)); L is the tokenizer's limit."""
+    prompts = list(prompts)  # the stock pipelines fail at a tuple with an unknown word
     return pipe.encode_prompt(prompts, prompts, max_sequence_length=pipe.tokenizer_2.model_max_length)[:2]
 
 
