@@ -1,20 +1,47 @@
-"""Exams of this world: held-out references in new contexts, the judge that sees what is in a picture, and its marks.
+"""Exams: the cases that methods are given, and the marks that a judge and a vision-language model (VLM) give.
 
-Used by evaluate.py and measure.py, and by nothing that makes or trains: evaluation shares no model and no data with what
-it judges.
+Used by evaluate.py and measure.py, and by nothing that generates data or trains: what is examined never saw the
+held-out critters, and no other step uses the judge.
 """
 
+import dsd  # first: see its head
+
 import dataclasses
+import re
+import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-import dsd
+import curate
+import sample
 from miniature import world
 
+END = ' in a few words, then end with a line "score: N", N from 0 to 4.'
+SCALE = "1: a little. 2: in part. 3: all but a detail. 4: entirely. Say why" + END
+SUBJECT_CRITERIA = (
+    "The first image shows a reference subject, the second was generated from it. How well does the second image keep "
+    "that subject? Compare the shape (outline, proportions, parts), the colours (hue, brightness, where they are), the "
+    "texture and fine markings and, for people and animals, the face. Ignore place, pose and light. 0: another "
+    "subject. 1: the same kind only. 2: alike, with clear differences. 3: the same but for small things. 4: the very same. "
+    "Compare" + END)
+PROMPT_CRITERIA = (
+    'An image was generated from this prompt: "{prompt}". How well does it follow? Is what the prompt names there, is '
+    "each detail right, is nothing missing, are place, action and style as asked? 0: not at all. " + SCALE)
+COPY_CRITERIA = (
+    'The second image was generated from the first and from this prompt: "{prompt}". How well does the second image '
+    "follow the prompt? What it merely copies from the first (background, pose, light, framing) does not count as "
+    "following. 0: not at all, or a copy. " + SCALE)
+WORLD_QUESTIONS = {  # score: is the reference shown as well, and the question
+    "vlm_cp": (True, curate.SUBJECT_SCORE_QUESTION), "vlm_pf": (False, curate.PROMPT_SCORE_QUESTION)}
+FOLDER_QUESTIONS = {
+    "vlm_cp": (True, SUBJECT_CRITERIA), "vlm_pf": (False, PROMPT_CRITERIA), "vlm_pf_new": (True, COPY_CRITERIA)}
 
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Case:
     """One picture to draw: what the methods are given, and what is true."""
@@ -22,10 +49,10 @@ class Case:
     image: Image.Image  # the reference itself
     subject: str  # what prompts call it
     prompt: str
-    reference_prompt: str  # what the reference shows, for methods that must be told
     sheet_prompt: str  # both pictures as one image, for in-context inpainting
-    class_prompts: list  # other pictures of such a subject, for DreamBooth's prior
     seed: int
+    reference_prompt: str = ""  # what the reference shows, for methods that must be told
+    class_prompts: list = dataclasses.field(default_factory=list)  # of other such subjects, for DreamBooth's prior
     kind: str = "subject"  # or "relight"
     truth: Image.Image | None = None  # the true rendering
     identity: dict = dataclasses.field(default_factory=dict)  # {attribute: value} of the subject
@@ -33,17 +60,81 @@ class Case:
     shown: dict = dataclasses.field(default_factory=dict)  # the reference's own context
 
 
+def words(attributes, numbers):
+    """{attribute: value} for values by number; the empty accessory is called "nothing", as the judge does."""
+    return {name: values[int(k)] or "nothing" for (name, values), k in zip(attributes.items(), numbers)}
+
+
+def to_image(pixels):
+    """(3, h, w) in [0, 1] -> an RGB image."""
+    return dsd.to_images(pixels[None])[0]
+
+
+def render(identity, context, pose, size):
+    """One rendered panel as an image; identity (7,), context (3,), pose (4,)."""
+    return to_image(world.render(identity[None], context[None], pose[None], size)[0])
+
+
+def world_cases(numbers, prompts, seed, size):
+    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit.
+
+    A reference depends on its number and the seed alone: more references never change the first ones."""
+    cases = []
+    for number in numbers:
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        identity = world.identity_of(world.draw_identities(1, draw, held_out=True))[0]
+        shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
+        asked = world.draw_contexts(64, draw)
+        asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
+        if prompts > len(asked):
+            raise dsd.DsdError(f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts")
+        relit = shown.clone()
+        relit[2] = (shown[2] + torch.randint(1, 4, (1,), generator=draw)[0]) % 4
+        classes = [world.panel_caption(identity, c) for c in world.draw_contexts(8, draw)]
+        image = render(identity, shown, pose, size)
+        for k, (context, relight) in enumerate([*((c, False) for c in asked[:prompts]), (relit, True)]):
+            there = pose if relight else world.draw_poses(1, draw)[0]
+            cases.append(Case(
+                number, image, world.noun(identity), world.panel_caption(identity, context),
+                world.sheet_caption(identity, [shown, context], (1, 2), relight), (seed * 1_000_003 + number) * 64 + k,
+                world.panel_caption(identity, shown), classes, "relight" if relight else "subject",
+                render(identity, context, there, size), words(world.IDENTITY, identity), words(world.CONTEXT, context),
+                words(world.CONTEXT, shown)))
+    return cases
+
+
+def folder_cases(args):
+    """The cases of --folder. Files that systems and editors add (`._00.jpg`, `__MACOSX/`) are left out."""
+    files = [file for file in sorted((args.folder / "images").rglob("*")) if file.suffix.lower() in sample.PICTURES
+             and not any(part.startswith((".", "__")) for part in file.relative_to(args.folder).parts)]
+    if not files:
+        raise dsd.DsdError(f"no pictures below {args.folder / 'images'}; --folder wants the layout of DreamBench++")
+    cases, owner = [], {}
+    for number, file in enumerate(files[:args.count]):
+        caption = (args.folder / "captions" / file.relative_to(args.folder / "images")).with_suffix(".txt")
+        with dsd.explained(f"{caption}: not a text file in UTF-8"):
+            lines = list(filter(None, map(str.strip, caption.read_text(encoding="utf-8-sig").splitlines())))
+        if len(lines) <= (args.contexts or 1):
+            raise dsd.DsdError(f"{caption}: wanted the subject's name and then at least {args.contexts or 1} prompts")
+        if owner.setdefault(caption, file) != file:
+            print(f"warning: {owner[caption]} and {file.name} share the caption {caption}", file=sys.stderr)
+        image, subject = dsd.fit_image(dsd.open_image(file), args.width, args.height), lines[0]
+        for k, prompt in enumerate(lines[1:][:args.contexts]):
+            sheet = f"two images of the identical {subject} side by side: left a {subject}, right {prompt}"
+            cases.append(exams.Case(number, image, subject, prompt, sheet, (args.seed * 1_000_003 + number) * 64 + k))
+    return cases
+
+
+# ---- the judge's marks -----------------------------------------------------------------------------------------------
 class Judge:
     """An image classifier whose labels read "attribute: value": the verdict is the best label of each attribute."""
 
     def __init__(self, folder):
         if not (Path(folder) / "config.json").exists():
             raise dsd.DsdError(f"no judge at {folder}; --judge takes a folder of a transformers image classifier")
-        try:
+        with dsd.explained(f"cannot load the judge {folder}"):  # a cut file, another kind of model
             model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        except Exception as error:  # a cut file, another kind of model: many kinds, one answer
-            raise dsd.DsdError(f"cannot load the judge {folder}: {dsd.one_line(error)}") from None
-        self.model, self.labels = model.to(dsd.device()).eval(), {}
+        self.model, self.labels = model.to(PartialState().device).eval(), {}
         for number, label in sorted(model.config.id2label.items()):
             attribute, _, value = label.partition(": ")
             self.labels.setdefault(attribute, []).append((number, value))
@@ -74,56 +165,43 @@ def marks(case, seen):
     followed = {name: seen[name] == value for name, value in case.context.items()}
     new = [followed[name] for name, value in case.context.items() if value != case.shown[name]]
     cp, pf, pf_new = sum(kept) / len(kept), sum(followed.values()) / len(followed), sum(new) / len(new)
-    return {"cp": cp, "all_kept": float(all(kept)), "pf": pf, "cp_pf": cp * pf, "pf_new": pf_new, "cp_pf_new": cp * pf_new,
-            **{f"{name}_as_wanted": float(seen[name] == value) for name, value in (case.identity | case.context).items()}}
+    right = {f"{name}_as_wanted": float(seen[name] == value) for name, value in (case.identity | case.context).items()}
+    return {"cp": cp, "all_kept": float(all(kept)), "pf": pf, "cp_pf": cp * pf, "pf_new": pf_new,
+            "cp_pf_new": cp * pf_new, **right}
 
 
 def pose_kept(image, truth):
     """Pose and layout, whatever the light: the correlation of the luminances of two images, negative ones counted as 0.
 
-    Each is normalised to mean 0 and norm 1, so a uniform change of brightness or contrast costs nothing. Against the true
-    relit rendering: 1 for itself; about 0.93 for the same critter in another light, 0.55 in another pose."""
+    Each is normalised to mean 0 and norm 1, so a uniform change of brightness or contrast costs nothing. Compared with
+    the true relit rendering, itself has 1, the same critter in another light about 0.93, and in another pose 0.55."""
     a, b = (torch.frombuffer(bytearray(i.convert("L").tobytes()), dtype=torch.uint8).double() for i in (image, truth))
     a, b = ((x - x.mean()) / (x - x.mean()).norm().clamp(min=1e-6) for x in (a, b))
     return round(max(float((a * b).sum()), 0.0), 6)
 
 
-def words(attributes, numbers):
-    """{attribute: value} for values by number; the empty accessory is called "nothing", as the judge does."""
-    return {name: values[int(k)] or "nothing" for (name, values), k in zip(attributes.items(), numbers)}
+# ---- the VLM's marks, and all together -------------------------------------------------------------------------------
+def parse_score(answer):
+    """The last "score: N" of an answer as N / 4; None if there is none from 0 to 4, or if the answer was cut short."""
+    found = re.findall(r"(?<![a-z])(?:score|rating)[^a-z\d(]*(?:\([^)\n]*\))?[^a-z\d]*(?:is|of)?[^a-z\d]*"
+                       r"([0-4])(?:\.0+)?(?![.\d]*\d)", answer, re.IGNORECASE)
+    return int(found[-1]) / 4 if found and not answer.endswith(curate.TRUNCATED) else None
 
 
-def render(identity, context, pose, size):
-    """One rendered panel as an image; identity (7,), context (3,), pose (4,)."""
-    return to_image(world.render(identity[None], context[None], pose[None], size)[0])
-
-
-def to_image(pixels):
-    """(3, h, w) in [0, 1] -> an RGB image."""
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-
-
-def world_cases(numbers, prompts, seed, size):
-    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit.
-
-    A reference depends on its number and the seed alone: more references never change the first ones."""
-    cases = []
-    for number in numbers:
-        draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        identity = world.identity_of(world.draw_identities(1, draw, held_out=True))[0]
-        shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
-        asked = world.draw_contexts(64, draw)
-        asked = asked[asked[:, 0] != shown[0]][:prompts]  # another scene; accessory and light as they fall
-        relit = shown.clone()
-        relit[2] = (shown[2] + torch.randint(1, 4, (1,), generator=draw)[0]) % 4
-        classes = [world.panel_caption(identity, c) for c in world.draw_contexts(8, draw)]
-        image = render(identity, shown, pose, size)
-        for k, (context, relight) in enumerate([*((c, False) for c in asked), (relit, True)]):
-            there = pose if relight else world.draw_poses(1, draw)[0]
-            cases.append(Case(
-                number, image, world.noun(identity), world.panel_caption(identity, context),
-                world.panel_caption(identity, shown), world.sheet_caption(identity, [shown, context], (1, 2), relight),
-                classes, (seed * 1_000_003 + number) * 64 + k, "relight" if relight else "subject",
-                render(identity, context, there, size), words(world.IDENTITY, identity), words(world.CONTEXT, context),
-                words(world.CONTEXT, shown)))
-    return cases
+def score(judge, vlm, cases, images):
+    """All scores of some pictures, one record for each. A score that the VLM did not give is None."""
+    records = [{"answers": {}} for _ in cases]
+    for name, (with_reference, question) in (WORLD_QUESTIONS if judge else FOLDER_QUESTIONS).items():
+        shown = [[case.image, image] if with_reference else [image] for case, image in zip(cases, images)]
+        asked = [question.replace("{prompt}", case.prompt) for case in cases]
+        for record, answer in zip(records, curate.ask(*vlm, shown, asked, len(cases), 400)):
+            record["answers"][name], record[name] = answer, parse_score(answer)
+    for record in records:
+        for name in [name for name in record if name.startswith("vlm_pf")]:
+            pair = record["vlm_cp"], record[name]
+            record[name.replace("_pf", "_cp_pf")] = None if None in pair else pair[0] * pair[1]
+    for record, case, image, seen in zip(records, cases, images, judge(images) if judge else []):
+        record |= marks(case, seen) | {"seen": seen}
+        if case.kind == "relight":
+            record["pose"] = pose_kept(image, case.truth)
+    return records

@@ -10,23 +10,23 @@ teacher  grids as generate_grids.py draws them, read by the judge: is the contex
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
 """
 
-import argparse
-import itertools
-import json
-import re
 import sys
-import time
 from pathlib import Path
-
-import torch
-from diffusers import AutoencoderKL, FluxPipeline
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import dsd  # noqa: E402; first: see its head
+
+import argparse  # noqa: E402
+import itertools  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, FluxPipeline  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import curate  # noqa: E402
-import dsd  # noqa: E402
-import evaluate  # noqa: E402
 import generate_grids  # noqa: E402
 from miniature import exams  # noqa: E402
 import lessons  # noqa: E402
@@ -107,10 +107,11 @@ def named_identity(prompt):
 
 
 def measure_teacher(args):
-    settings = json.loads((Path(args.model) / "dsd.json").read_text())["generate_grids"]
+    settings = argparse.Namespace(**dsd.folder_settings(args.model)["generate_grids"])
+    settings.width = settings.height = settings.panel
     pipe = dsd.load_pipeline(FluxPipeline, args.model)
     families = ["subject", "subject", "relight"]
-    grids = [generate_grids.grammar_prompts(settings["grammar"], families, 10**9 + args.seed * 10**6 + i)
+    grids = [generate_grids.grammar_prompt(settings.grammar, families, 10**9 + args.seed * 10**6 + i)
              | {"seed": 10**9 + args.seed * 10**6 + i} for i in range(args.count)]
     panels, begun = [], time.time()
     for i in tqdm(range(0, args.count, 20), desc="batches of grids"):
@@ -195,7 +196,7 @@ def measure_vlm(args):
     asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
     prompt = curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
-    scores = lambda answers: [evaluate.parse_score(answer) for answer in answers]  # noqa: E731
+    scores = lambda answers: [exams.parse_score(answer) for answer in answers]  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
         "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
@@ -264,4 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dsd.run(main)
+    dsd.run_main(main)

@@ -8,44 +8,84 @@ identities that are not held out.
 What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
 """
 
-import argparse
-import json
-import math
-import shutil
 import sys
-import time
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxPipeline
-from diffusers.training_utils import EMAModel
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import dsd  # noqa: E402
+import dsd  # noqa: E402; first: see its head
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import shutil  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKL, FluxPipeline  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import lessons  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
+@functools.cache
+def bfloat16_is_faster():
+    """Whether this device is faster in bfloat16: a CPU without instructions for it is 100 times slower."""
+    return dsd.choose_precision("auto", 256) == "bf16"
+
+
+def autocast(device):
+    """bfloat16 where it is faster, float32 elsewhere."""
+    return torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_faster())
+
+
+def save_checkpoint(out, parameters, optimizer, ema, log, step):
+    """Write the log so far and then, as one file, all that the next step depends on."""
+    dsd.write_json(out / "log.jsonl", log)
+    with dsd.writing(out / "checkpoint.pt") as part:
+        torch.save({"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
+                    "ema": ema.state_dict()}, part)
+
+
+def read_checkpoint(out):
+    """The last checkpoint in a folder, or None."""
+    file = out / "checkpoint.pt"
+    with dsd.explained(f"{file}: not a checkpoint of this script; delete it to start again"):
+        return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+
+def resume(out, parameters, optimizer, ema):
+    """Restore the last checkpoint. Returns the log and the number of the next step."""
+    state = read_checkpoint(out)
+    if not state:
+        return [], 0
+    with dsd.explained(f"{out / 'checkpoint.pt'}: of another model; delete it to start again"):
+        for p, saved in zip(parameters, state["parameters"], strict=True):
+            p.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+    return [r for r in dsd.read_records(out / "log.jsonl") if r["step"] < state["step"]], state["step"]
+
+
 def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     """Train `module` for args.steps steps of AdamW and return it with its averaged (EMA) weights.
 
     loss_of_step(step, generator) -> loss. All randomness of a step comes from its own generator, so a resumed run
     draws what an uninterrupted one would have drawn."""
     out = Path("runs/pretrain") / name
-    dsd.open_out(out, {"step": "pretrain", "model": name}, [])  # for this process alone
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
+    log, start = resume(out, parameters, optimizer, ema)
     ema.to(args.device)
-    start = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
-    dsd.write_records(out / "log.jsonl", [r for r in dsd.read_records(out / "log.jsonl", step=int) if r["step"] < start])
     # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
     attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
@@ -53,7 +93,7 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_share(step, args.steps)
-        with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(attention):
+        with autocast(args.device), sdpa_kernel(attention):
             loss = loss_of_step(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -66,9 +106,9 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
         last = step + 1 == args.steps
         if step % 20 == 0 or last:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-            dsd.append_records(out / "log.jsonl", [{"step": step, "loss": loss.item(), "seconds": time.time() - begun}])
+            log.append({"step": step, "loss": loss.item(), "seconds": time.time() - begun})
         if time.time() - saved > args.save_minutes * 60 or last:
-            dsd.save_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema, step + 1)
+            save_checkpoint(out, parameters, optimizer, ema, log, step + 1)
             saved = time.time()
             if picture:
                 ema.store(parameters)
@@ -87,10 +127,12 @@ def learning_rate_share(step, steps, warmup=100):
 
 def load_averages(name, module):
     """Give `module` the averaged weights of its last checkpoint, to export a run that is not finished."""
-    tensors = load_file(Path("runs/pretrain") / name / "checkpoint.safetensors")
-    for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
-        p.data.copy_(tensors[f"{i}.ema"])
-    print(f"{name}: exporting step {int(tensors['step'])}")
+    state = read_checkpoint(Path("runs/pretrain") / name)
+    if not state:
+        raise dsd.DsdError(f"no checkpoint in runs/pretrain/{name}: nothing to export")
+    for p, average in zip([p for p in module.parameters() if p.requires_grad], state["ema"]["shadow_params"], strict=True):
+        p.data.copy_(average)
+    print(f"{name}: exporting step {state['step']}")
 
 
 def export(save, folder):
@@ -162,13 +204,13 @@ def encode_world(vae, layout, count, args):
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
             x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL)
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+            with torch.no_grad(), autocast(args.device):
                 z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
             captions += c
         with dsd.writing(path) as part:
             save_file({"latents": torch.cat(parts)}, part)
-        dsd.write_text(captions_path, json.dumps(captions))  # last: with it the layout is complete
+        dsd.write_json(captions_path, captions)  # last: with it the layout is complete
     return load_file(path)["latents"], json.loads(captions_path.read_text())
 
 
@@ -295,7 +337,7 @@ def through_vae(images, vae):
     """Panels (N, 3, s, s) in uint8, encoded and decoded."""
     parts = []
     for x in tqdm(images.split(32), desc="through the VAE"):
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with autocast(vae.device.type):
             y = vae.decode(vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist.mode()).sample
         parts.append(((y.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(parts)
@@ -415,8 +457,11 @@ def main():
         torch.set_num_threads(args.threads)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
+    if not args.export and args.model != "references":  # an export may read beside the run that writes
+        folder = argparse.Namespace(out=Path("runs/pretrain") / args.model)
+        lock = dsd.open_out(folder, "pretrain", changeable=[], model=args.model)  # noqa: F841; held until the end
     train(args)
 
 
 if __name__ == "__main__":
-    dsd.run(main)
+    dsd.run_main(main)
