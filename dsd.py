@@ -517,7 +517,8 @@ def writing(path):
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with explained(f"cannot write {path}; make room or give another --out", OSError, SafetensorError):
+        with explained(f"cannot write {path}; make room or give another --out", OSError, SafetensorError,
+                       RuntimeError):  # the last is torch.save's
             yield part
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
