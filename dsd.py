@@ -504,9 +504,9 @@ def open_out(args, step, changeable, **more):
         lock.acquire(blocking=False)
     except Timeout:
         raise DsdError(f"{args.out} is in use by another process; wait for it or give another --out") from None
-    others = sorted(file.name for file in args.out.iterdir() if file.name not in (".lock", "settings.json"))
-    if others and (not path.exists() or read_json(path) != run):
-        raise DsdError(f"{args.out} holds another run or other files ({others[0]}); delete it or give another --out")
+    names = {file.name for file in args.out.iterdir()} - {".lock", "settings.json", "settings.json.part"}
+    if names and (not path.exists() or read_json(path) != run):
+        raise DsdError(f"{args.out} holds another run or other files ({min(names)}); delete it or give another --out")
     write_json(path, run)
     return lock
 
