@@ -192,5 +192,9 @@ def pictures(folder):
 
 def written(folder):
     """What scripts wrote below a folder: {name: bytes}, without the locks; of measured times only that they are there."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.parts[-2:] != ("adapter", "summary.json") else None
-            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    def content(path):
+        if path.name == "training_state.pt":  # the same objects have more than one pickle
+            return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), torch.load(path))
+        return path.read_bytes() if path.parts[-2:] != ("adapter", "summary.json") else None
+    return {path.relative_to(folder).as_posix(): content(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}

@@ -3,7 +3,7 @@
 Reads requests from stdin, a JSON line each: {"script", "args", "folder", "err"} and, if the process is to be stopped,
 {"signal", "match", "nth"}: it sends itself this signal just before the nth time that it opens, renames, makes or deletes
 a file whose path matches the regular expression. Answers with {"pid"} when it has started and {"code", "touched"} when it
-has ended: the exit code (-9 if killed) and the files in the order in which they were touched."""
+has ended: the exit code (-9 if killed) and what it did to files, in order."""
 
 import importlib
 import json
@@ -21,20 +21,23 @@ SCRIPTS = {name: importlib.import_module(name) for name in (
     "generate_grids", "curate", "finetune", "sample", "evaluate", "pretrain")}
 
 
-def watch(request, trace):
-    """Note each touched file on `trace` and send the signal when it is time."""
-    seen = [0]
+def watch(trace, signal=None, match=None, nth=0, **request):
+    """Note on `trace` what is done to files ("write" is an open that may change it), and send the signal when it is time."""
+    seen = 0
 
     def hook(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(args[0], (str, os.PathLike)):
-            path = str(args[1] if event == "os.rename" else args[0])
-            if "/lib/python" in path or path.startswith(("/dev", "/proc", "/sys")):
-                return
-            os.write(trace, f"{event} {path}\n".encode())
-            if request.get("match") and re.search(request["match"], f"{event} {path}"):
-                seen[0] += 1
-                if seen[0] == request["nth"]:
-                    os.kill(os.getpid(), request["signal"])
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not isinstance(args[0], (str, os.PathLike)):
+            return
+        path = str(args[1] if event == "os.rename" else args[0])
+        if "/lib/python" in path or path.startswith(("/dev", "/proc", "/sys")):
+            return
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        os.write(trace, f"{'write' if writes else event} {path}\n".encode())
+        if match and re.search(match, path):
+            seen += 1
+            if seen == nth:
+                os.kill(os.getpid(), signal)
     sys.addaudithook(hook)
 
 
@@ -43,9 +46,9 @@ def child(request, trace):
     err = os.open(request["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(err, 1), os.dup2(err, 2)
     sys.argv = [request["script"] + ".py", *request["args"]]
-    watch(request, trace)
+    watch(trace, **request)
     try:
-        dsd.run(SCRIPTS[request["script"]].main)
+        dsd.run_main(SCRIPTS[request["script"]].main)
     except SystemExit as stop:
         os._exit(stop.code or 0)
     except BaseException:
