@@ -1,0 +1,282 @@
+"""How fast the four steps are, beside what, and how far from the machine's limit.
+
+    OMP_NUM_THREADS=2 python miniature/benchmark.py                  # the miniature: minutes on two CPU cores
+    OMP_NUM_THREADS=2 python miniature/benchmark.py --compile        # training with compiled blocks
+    python miniature/benchmark.py --size flux.1-dev --gradient_checkpointing    # FLUX.1-dev, random weights, a CUDA GPU
+    python miniature/benchmark.py --size flux.1-dev --quantize nf4 --rank 16 --gradient_checkpointing
+
+Each row compares our code with a peer, timed in turn in one process; the fastest of --repeat runs counts. The peer is the
+stock pipeline for grids and for one-pass sampling; for guided sampling three passes one after another, as in the released
+code; for training a step that encodes its pictures and prompts in the loop, as diffusers' example trainers do. The limit is
+the arithmetic in the row (matrix products, convolutions, attention; recomputed activations too) at the measured rate of a
+large matrix product in the same number format. Speed and memory do not depend on what the weights are, so random ones of
+the right size will do.
+
+Training is timed in float32 and in bfloat16, the latter only where the machine has it natively (or with --emulated).
+Prints a table and writes it as JSON to --out.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import dsd  # noqa: E402; first: see its head
+
+import argparse  # noqa: E402
+import platform  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+import unittest.mock  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
+
+import torch  # noqa: E402
+from accelerate import Accelerator, PartialState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from diffusers import FluxControlPipeline, FluxPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import curate  # noqa: E402
+import finetune  # noqa: E402
+import generate_grids  # noqa: E402
+import random_models  # noqa: E402
+import sample  # noqa: E402
+
+PROMPT = "a round horned critter in space at noon with a hat"
+NAMES = {"bf16": "bfloat16", "no": "float32"}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def seconds(work):
+    """How long `work` takes, with all that it started on a GPU."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    begun = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - begun
+
+
+def product_rate(dtype, side):
+    """Operations a second of a large square matrix product, the best of five."""
+    a, b = torch.randn(2, side, side, device=PartialState().device).to(dtype)
+    return 2 * side ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def arithmetic(work):
+    """Operations in `work`. On a CPU with plain attention, since what the fused one does is not counted there."""
+    plain = sdpa_kernel(SDPBackend.MATH) if PartialState().device.type == "cpu" else nullcontext()
+    with FlopCounterMode(display=False) as counter, plain:
+        work()
+    return counter.get_total_flops()
+
+
+def row(name, ours, peer, count, rate, repeat, operations=None):
+    """A row of the table for one unit of work; `ours` and `peer` (None if there is none) do `count` units."""
+    operations = operations or arithmetic(ours)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    ours()
+    memory, works = dsd.memory_in_use(), [ours, peer] if peer else [ours]
+    works[-1]()  # both are warm now
+    taken = [min(times) / count for times in zip(*[[seconds(work) for work in works] for _ in range(repeat)])]
+    print(f"{name}: {taken[0]:.4g} s", file=sys.stderr, flush=True)
+    return {"step": name, "seconds": taken[0], "peer_seconds": taken[1] if peer else None,
+            "limit_seconds": operations / count / rate, "operations": operations / count, "memory": memory}
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+def options(args, script, *more):
+    """The options of a script for this model, as its own command line gives them."""
+    names = {generate_grids: ["steps", "panel", "quantize", "offload"], finetune: ["rank", "batch_size", "quantize"],
+             sample: ["steps", "quantize", "offload"]}[script]
+    given = [part for name in names if (value := getattr(args, name)) for part in (f"--{name}", value)]
+    with unittest.mock.patch("sys.argv", [str(part) for part in ("benchmark", "--model", args.model, *given, *more)]):
+        return script.parse_args()
+
+
+def noise(side, seed):
+    raw = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(raw.numpy())
+
+
+def grids_row(args, rate):
+    chosen = options(args, generate_grids)
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
+    grids = [{"prompt": f"a grid of 4 images representing the same critter: {PROMPT}", "seed": i} for i in range(args.batch)]
+
+    def stock():
+        pipe([grid["prompt"] for grid in grids], negative_prompt=[""] * len(grids), width=2 * chosen.width,
+             height=2 * chosen.height, num_inference_steps=chosen.steps, guidance_scale=chosen.guidance_scale,
+             true_cfg_scale=chosen.true_cfg_scale, max_sequence_length=pipe.tokenizer_2.model_max_length,
+             generator=torch.Generator().manual_seed(0))
+
+    return row("a grid", lambda: generate_grids.draw_grids(pipe, grids, chosen), stock, len(grids), rate, args.repeat)
+
+
+def curation_row(args, rate):
+    model = curate.load_vlm(args.vlm, args.quantize)
+    cases = [[noise(args.panel, 2 * i + k) for k in (0, 1)] for i in range(8 * args.batch)]
+    return row("a pair curated", lambda: curate.ask(*model, cases, curate.PAIR_QUESTION, len(cases), 400), None, len(cases),
+               rate, args.repeat)
+
+
+def three_passes(model, x, condition, text, null_text, s_i, s_t):
+    """Guidance as the released code does it: three passes, one after another."""
+    nothing = torch.zeros_like(condition)
+    v_00, v_i0, v_it = model(x, nothing, null_text), model(x, condition, null_text), model(x, condition, text)
+    return v_00 + s_i * (v_i0 - v_00) + s_t * (v_it - v_i0)
+
+
+def sampling_rows(args, rate, work):
+    """One pass a step, and all three guided passes."""
+    dsd.save_adapter(finetune.load_student(options(args, finetune, "--precision", "no")), work, {})
+    chosen = options(args, sample, "--adapter", work, "--prompt", PROMPT, "--unguided_steps", 0, "--width", args.panel,
+                     "--height", args.panel)
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, work)
+    images, n = [noise(args.panel, i) for i in range(args.batch)], args.batch
+    canvases = [Image.new("RGB", (2 * args.panel, args.panel)) for _ in images]
+    for canvas, image in zip(canvases, images):
+        canvas.paste(image)
+
+    def ours(s_i, s_t):
+        chosen.image_guidance, chosen.text_guidance = s_i, s_t
+        sample.draw_batch(pipe, images, [PROMPT] * n, list(range(n)), chosen)
+
+    def stock():
+        pipe([PROMPT] * n, control_image=canvases, height=args.panel, width=2 * args.panel, num_inference_steps=chosen.steps,
+             guidance_scale=chosen.guidance_scale, max_sequence_length=pipe.tokenizer_2.model_max_length,
+             generator=[torch.Generator().manual_seed(i) for i in range(n)])
+
+    def one_by_one():
+        with unittest.mock.patch("dsd.guided_velocity", three_passes):
+            ours(1.5, 2.0)
+
+    return [row("an image, one pass", lambda: ours(1.0, 1.0), stock, n, rate, args.repeat),
+            row("an image, guided", lambda: ours(1.5, 2.0), one_by_one, n, rate, args.repeat)]
+
+
+def training_row(args, precision, rate, work):
+    """A step on cached tensors; the peer encodes two canvases and a prompt a sample in each step, at the same batch."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the row before
+    chosen = options(args, finetune, "--precision", precision, "--pairs", work / "pairs", "--out", work / "adapter",
+                     "--validation_grids", 0, *["--gradient_checkpointing"] * args.gradient_checkpointing)
+    make_pairs(chosen.pairs, args.panel, chosen.batch_size)
+    pairs, _ = finetune.prepare(chosen, 1)
+    accelerator = Accelerator(mixed_precision=precision, cpu=chosen.device == "cpu")
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
+    finetune.encode_pairs(pipe, pairs, chosen, accelerator)
+    null_text = dsd.encode_prompts(pipe, [""])
+    chosen.latent_size = chosen.height // pipe.vae_scale_factor, 2 * chosen.width // pipe.vae_scale_factor
+
+    pipe, encoders = None, []  # dropped, as in finetune.py; the peer loads its own
+
+    def stepper(compiled):
+        """A whole optimiser step, as finetune.train takes it, on the tensors that a function gives."""
+        chosen.compile = compiled
+        parameters, optimizer = finetune.make_optimizer(student := finetune.load_student(chosen), chosen)
+        model, optimizer = accelerator.prepare(student, optimizer, device_placement=[False, True])
+
+        def step(batch, attention):
+            with attention():
+                accelerator.backward(finetune.batch_losses(model, batch(), chosen)[0])
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def cached():
+        return finetune.draw_batch(pairs, null_text, chosen, torch.Generator().manual_seed(0), accelerator)
+
+    def encoded():
+        if not encoders:
+            encoders.append(dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None))
+        reference, target = map(dsd.to_pixels, zip(*[finetune.open_pair(chosen, pair) for pair in pairs]))
+        x_0, condition = (dsd.encode(encoders[0].vae, p) for p in (dsd.canvas(reference, target), dsd.canvas(reference)))
+        text = dsd.encode_prompts(encoders[0], [pair["prompt"] for pair in pairs])
+        sigma = dsd.sample_sigmas(len(pairs), chosen.shift, None).to(x_0.device)
+        return [x_0, torch.randn_like(x_0), sigma, condition, *text]
+
+    plain = stepper(False)
+    operations = arithmetic(lambda: plain(cached, nullcontext))
+    ours = stepper(True) if args.compile else plain  # at FLUX.1's size there is no room for two
+    return row(f"a training sample, {NAMES[precision]}", lambda: ours(cached, lambda: finetune.attention(chosen)),
+               lambda: plain(encoded, nullcontext), len(pairs), rate, 5 * args.repeat, operations)
+
+
+def make_pairs(folder, side, count):
+    """Pairs of noise, as curate.py writes them."""
+    for i in range(2 * count):
+        dsd.save_image(noise(side, i), folder / "images" / f"{i}.png")
+    dsd.write_json(folder / "metadata.jsonl", [
+        {"reference_file_name": f"images/{2 * i}.png", "target_file_name": f"images/{2 * i + 1}.png",
+         "prompt": f"{PROMPT}, number {i}"} for i in range(count)])
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+def table(result):
+    """The result as a Markdown table."""
+    lines = ["| for | seconds | peer's | faster by | limit | share of the limit | memory |", "|---|---|---|---|---|---|---|"]
+    for r in result["rows"]:
+        peer, ratio = ("", "") if r["peer_seconds"] is None else (
+            f"{r['peer_seconds']:.4g}", f"{r['peer_seconds'] / r['seconds']:.2f}x")
+        lines.append(f"| {r['step']} | {r['seconds']:.4g} | {peer} | {ratio} | {r['limit_seconds']:.4g} | "
+                     f"{r['limit_seconds'] / r['seconds']:.0%} | {r['memory']} |")
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in result["rates"].items())
+    return "\n".join([*lines, "", f"{result['machine']}; matrix products, GFLOP/s: {rates}."])
+
+
+def parse_args():
+    parser = dsd.Parser(__doc__, "runs/benchmark")
+    add, steps = parser.add_argument, ["grids", "curation", "training", "sampling"]
+    add("--size", choices=["miniature", "flux.1-dev"], default="miniature", help="which model; flux.1-dev: random weights")
+    add("--model", help="a FLUX folder of your own instead")
+    add("--vlm", help="for the row of curation (default: the miniature's; with another model none)")
+    add("--steps", type=dsd.at_least(1), help="of the sampler (default: the model's own)")
+    add("--panel", type=dsd.at_least(1), help="side of a panel (default: the model's own)")
+    add("--batch", type=dsd.at_least(1), default=8, help="grids and pictures drawn together")
+    add("--rank", type=dsd.at_least(1), help="of the LoRA (default: the model's own)")
+    add("--batch_size", type=dsd.at_least(1), help="samples in a training step (default: the model's own)")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--compile", action="store_true", help="compile the transformer's blocks for training")
+    add("--emulated", action="store_true", help="train in bfloat16 although the machine emulates it")
+    add("--rows", nargs="+", choices=steps, default=steps, help="what to measure")
+    add("--repeat", type=dsd.at_least(1), default=2, help="runs, of which the fastest counts")
+    add("--product", type=dsd.at_least(1), default=2048, help="side of the matrices whose product is the limit")
+    parser.add_large_model_options()
+    return parser.parse()
+
+
+def main():
+    args = parse_args()
+    gpu = PartialState().device.type == "cuda"
+    if args.size == "flux.1-dev" and not args.model:
+        if not gpu:
+            raise dsd.DsdError("--size flux.1-dev needs a CUDA GPU; miniature/computed.py computes its costs without one")
+        args.model = args.out / "FLUX.1-dev"
+        if not (args.model / "model_index.json").exists():
+            random_models.make_flux(args.model, size=random_models.FLUX_1, dtype=torch.bfloat16, device="cuda")
+    elif not args.model:
+        args.model, args.vlm = dsd.MINIATURE / "flux", args.vlm or dsd.MINIATURE / "vlm"
+    args.panel = args.panel or options(args, generate_grids).panel
+    precisions = [dsd.choose_precision("auto", dsd.check_model(args.model, args.panel))]
+    precisions += ["no"] if precisions == ["bf16"] and not gpu else ["bf16"] if args.emulated and not gpu else []
+    torch.manual_seed(0)
+    dtypes = {torch.bfloat16 if precision == "bf16" else torch.float32 for precision in precisions} | {dsd.weight_dtype()}
+    rates = {str(dtype).removeprefix("torch."): product_rate(dtype, args.product * (4 if gpu else 1)) for dtype in dtypes}
+    stored = rates[str(dsd.weight_dtype()).removeprefix("torch.")]
+    with tempfile.TemporaryDirectory() as work:
+        rows = [
+            *([grids_row(args, stored)] if "grids" in args.rows else []),
+            *([curation_row(args, stored)] if "curation" in args.rows and args.vlm else []),
+            *([training_row(args, p, rates[NAMES[p]], Path(work)) for p in precisions] if "training" in args.rows else []),
+            *(sampling_rows(args, stored, Path(work)) if "sampling" in args.rows else [])]
+    machine = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    result = {"machine": machine, "torch": torch.__version__, "rates": rates, "rows": rows}
+    dsd.write_json(args.out / "benchmark.json", result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    dsd.run_main(main)
