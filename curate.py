@@ -13,7 +13,7 @@ Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
     transcripts/       a file for each grid: question, answer, verdict and reason of its six pairs
     summary.json       counts and the accept rate, by family
     accepted.png, rejected.png   contact sheets with the reason below each pair: look at both before you train
-Started again after an interruption, the same command asks only about grids that have no transcript. To overrule the
+Started again after an interruption, the same command asks only about batches that are not complete. To overrule the
 curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the same command again.
 """
 
@@ -62,7 +62,7 @@ def load_vlm(name, quantize="none"):
 
 
 def conversation(images, question):
-    """One user message: so many images, then the question."""
+    """One user message: places for this many images, then the question."""
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
 
 
@@ -88,6 +88,7 @@ def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
 # ---- understanding the answer ----------------------------------------------------------------------------------------
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 TRUNCATED = "[truncated]"
+VERDICTS = {"yes", "no", "unparsable", "truncated", "blank", "copies"}
 HEAD = (r"[\s>#*_`\-•]*(?:(?:step )?\d[.):])?[\s*_`]*({})[ *_`]*(?:\([^)\n]*\)[ *_]*)?(?:[:：][ *_]*|$)"
         .format("|".join([*STEPS, "comparison"])))
 WORD = r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)))"  # not "yes, no."
@@ -143,7 +144,8 @@ def judge_pairs(grids, panels, model, args):
     asked = []
     for r in records:
         r["verdict"], r["reason"] = set_aside(*[panels[r["grid"]][k] for k in r["panels"]]) or ("", "")
-        asked += [r] if not r["verdict"] else []
+        if not r["verdict"]:
+            asked.append(r)
     cases = [[panels[r["grid"]][k] for k in r["panels"]] for r in asked]
     for r, answer in zip(asked, ask(*model, cases, PAIR_QUESTION, args.batch_size, args.max_new_tokens)):
         r["answer"], (r["verdict"], r["reason"]) = answer, parse(answer, args.tolerance)
@@ -168,6 +170,9 @@ def transcript(number, grid, args):
     """The transcripts of one grid that are on the disk, or [] if there are none, or of another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
     found = dsd.read_json(file) if file.exists() else {}
+    with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
+        if odd := {r["verdict"] for r in found.get("pairs", [])} - VERDICTS:
+            raise ValueError(f'"verdict" must be "yes" or "no", not {min(odd)!r}')
     return found["pairs"] if found.get("picture") == dsd.digest(args.grids / grid["file"]) else []
 
 
@@ -183,7 +188,8 @@ def curate_batch(batch, model, args):
               for n, grid in batch.items()}
     for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
         dsd.save_image(panels[n][k], args.out / panel_file(n, k))
-    new, old = judge_pairs(batch, panels, model, args), {n: transcript(n, grid, args) for n, grid in batch.items()}
+    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
+    new = [] if all(old.values()) else judge_pairs(batch, panels, model, args)  # whole batches: the same answers again
     records = {n: old[n] or [r for r in new if r["grid"] == n] for n in batch}
     caption_pairs([r for n in batch for r in records[n]], panels, model, args)
     for n, grid in batch.items():
@@ -204,7 +210,7 @@ def training_pairs(records):
 def summarise(records, pairs, args):
     """Counts of the verdicts, over all pairs and by family."""
     def count(records):
-        verdicts = collections.Counter({"yes": 0, "no": 0}) + collections.Counter(r["verdict"] for r in records)
+        verdicts = collections.Counter(r["verdict"] for r in records)
         return {"asked": len(records), "accept_rate": round(verdicts["yes"] / len(records), 4),
                 "yes": verdicts["yes"], "no": verdicts["no"], **verdicts}
     families = sorted({r["family"] for r in records})
@@ -228,11 +234,11 @@ def parse_args():
     add("--vlm", default=dsd.MINIATURE / "vlm", help="the curator: an image-text-to-text folder or hub name")
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
     add("--caption", choices=["description", "instruction"], default="description", help="what the caption tells")
-    add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most so many parts "
-        "that differ; 0 keeps the VLM's own verdict")
+    add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most this many "
+        "differing parts; 0 keeps the VLM's own verdict")
     add("--batch_size", type=dsd.at_least(1), default=64, help="pairs asked about at once; affects speed and memory only")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
-    add("--limit", type=dsd.at_least(1), help="use only so many grids")
+    add("--limit", type=dsd.at_least(1), help="use only the first grids, this many")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
     return parser.parse()
@@ -252,12 +258,12 @@ def read_grids(args):
 def main():
     args = parse_args()
     grids, state = read_grids(args), PartialState()
-    lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "limit", "seed"])
+    with state.main_process_first():  # nobody writes before the main process has accepted the folder
+        lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "limit", "seed"])
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
     batches = [dict(list(grids.items())[i:i + at_once]) for i in range(0, len(grids), at_once)]
-    waiting = [batch for batch in batches if not is_done(batch, args)]
-    model = load_vlm(args.vlm, args.quantize) if waiting else None
-    share = waiting[state.process_index::state.num_processes]
+    share = [batch for batch in batches[state.process_index::state.num_processes] if not is_done(batch, args)]
+    model = load_vlm(args.vlm, args.quantize) if share else None
     for batch in tqdm(share, desc="curate", unit="batch", disable=not state.is_main_process):
         curate_batch(batch, model, args)
     state.wait_for_everyone()

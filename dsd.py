@@ -12,8 +12,8 @@ the reference image (as condition tokens) and `T` the prompt (as text embeddings
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait give up their core: much faster beside other
-# programs (README, "How fast"). OpenMP reads this when torch is imported, so every script imports dsd first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning (miniature/README.md,
+# "How fast"). OpenMP reads this when torch is imported, so every script imports dsd first.
 
 import argparse
 import contextlib
@@ -96,7 +96,7 @@ def position_ids(h, w):
     """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column) for each token.
 
     The two frames of a canvas share one coordinate system, like the halves of one wide image (R)."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))  # floats, as FLUX wants
 
 
 def split_frames(tokens, h, w):
@@ -168,7 +168,8 @@ def add_lora(transformer, rank):
 
 
 def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
-    """One forward pass: tokens (B, N, 128), sigma (B,), text from `encode_prompts` -> velocity (B, N, 64)."""
+    """One forward pass: tokens (B, N, 128), sigma (B,), text = (embeds (B, L, D), pooled (B, P)), ids (N, 3) -> velocity
+    (B, N, 64)."""
     embeds, pooled = text
     config = getattr(transformer, "module", transformer).config  # training on several GPUs wraps the model
     guidance = torch.full_like(sigma, guidance_scale) if config.guidance_embeds else None
@@ -186,7 +187,8 @@ def encode_prompts(pipe, prompts):
 
 # ---- guidance and sampling -------------------------------------------------------------------------------------------
 def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
-    """v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)) (R), a (B, N, 64) at x (B, N, 64).
+    """The velocity at x, (B, N, 64), pushed from the unconditional one towards the reference and towards the prompt (R):
+    v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)).
 
     model(x, condition, text) -> v; condition (B, N, 64), whose null form is zeros (R); text: a tuple of tensors with B
     rows; null_text: the same for the null prompt "" (R), with one row or B. The passes run as one batch; a pass whose
@@ -213,14 +215,14 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
     vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
-    condition = encode(vae, given, generators).to(transformer.dtype)  # (B, N, 64)
+    condition = encode(vae, given, generators).to(transformer.dtype)  # (B, N, 64), sampled (R), not the mean
     height, width = given.shape[2:]
     x, ids = pipe.prepare_latents(len(seeds), vae.config.latent_channels, height, width, transformer.dtype, device,
                                   generators)  # (B, N, 64) and (N, 3)
 
     def model(x, condition, text):
         tokens = torch.cat([x, condition], dim=2)  # (n B, N, 128)
-        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), rounded as the stock and the released code do
+        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), cast before the division as in diffusers and R
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
     sigmas, config = torch.linspace(1.0, 1 / steps, steps).tolist(), pipe.scheduler.config
@@ -336,10 +338,10 @@ def memory_in_use():
 
 
 def check_here(model):
-    """Refuse a model that is no folder, so one of the hub, where large models cannot run."""
+    """Refuse the name of a model on the hub where such models cannot run."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
-        raise DsdError(f"no model folder {model}; a model from the hub needs a CUDA GPU with native bfloat16 (RTX "
-                       "30 or newer), and this machine has the miniature")
+        raise DsdError(f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
+                       "newer). Without one, leave the option out to use the miniature")
 
 
 def check_model(model, *sides):
@@ -348,7 +350,7 @@ def check_model(model, *sides):
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
-        vae, config = (FluxTransformer2DModel.load_config(model, subfolder=part) for part in ("vae", "transformer"))
+        vae, config = (FluxTransformer2DModel.load_config(model, subfolder=part) for part in ("vae", "transformer"))  # JSON
         if pipeline != "FluxPipeline" or config["in_channels"] != 64:
             raise ValueError(f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64")
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
@@ -386,7 +388,8 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
 
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
-    config = transformers.BitsAndBytesConfig(**NF4) if quantize == "nf4" else None
+    check_here(name)
+    config = transformers.BitsAndBytesConfig(**NF4 | {"bnb_4bit_compute_dtype": weight_dtype()}) if quantize == "nf4" else None
     return cls.from_pretrained(name, dtype=weight_dtype(), use_safetensors=True, device_map=str(PartialState().device),
                                quantization_config=config).eval()
 
@@ -409,7 +412,7 @@ class DsdError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Plain argparse. A flag goes first, then what the model's folder says (dsd.json), then the default shown here."""
+    """Plain argparse. A flag overrides what the model's folder says (dsd.json), and that the default in the code."""
 
     def __init__(self, doc, out):
         style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
@@ -436,7 +439,7 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(own, dict):
             raise DsdError(f"dsd.json: \"{step}\" must be an object; restore the model's folder")
         more = own | more
-        self.set_defaults(**{name: str(v) if type(v) in (int, float) else v for name, v in more.items()})  # checks text
+        self.set_defaults(**{name: str(v) if type(v) in (int, float) else v for name, v in more.items()})  # as text they are checked like flags
         args = self.parse_args()
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
@@ -484,7 +487,7 @@ def explained(message, *errors):
     except DsdError:
         raise
     except errors or Exception as error:
-        raise DsdError(f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})") from None
+        raise DsdError(f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
 
 
 def open_out(args, step, changeable, **more):
@@ -499,14 +502,18 @@ def open_out(args, step, changeable, **more):
     files = {name: name_of(kept[name]) for name in ("model", "vlm", "llm", "adapter") if kept.get(name)}
     run = {"step": step, **kept, **files, **more}
     args.out.mkdir(parents=True, exist_ok=True)
-    lock, path, run = FileLock(args.out / ".lock"), args.out / "settings.json", json.loads(json.dumps(run))
+    lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
+    run = json.loads(json.dumps(run))  # as the file has it: lists for tuples
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise DsdError(f"{args.out} is in use by another process; wait for it or give another --out") from None
-    names = {file.name for file in args.out.iterdir()} - {".lock", "settings.json", "settings.json.part"}
-    if names and (not path.exists() or read_json(path) != run):
-        raise DsdError(f"{args.out} holds another run or other files ({min(names)}); delete it or give another --out")
+    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {"settings.json", "settings.json.part"}
+    before = read_json(path) if path.exists() else {}
+    if names and before != run:
+        odd = [f"its {name} was {str(value)[:60]}" for name, value in before.items() if value != run.get(name)]
+        why = [*odd, min(names)][0]
+        raise DsdError(f"{args.out} holds another run or other files ({why}); delete it or give another --out")
     write_json(path, run)
     return lock
 
@@ -584,7 +591,7 @@ def open_image(path):
 
 
 def fit_image(image, width, height, fit="crop"):
-    """An image of this size: cropped at its centre to the proportions, or (fit="pad") with white added (bicubic: R)."""
+    """An image resized to width x height (bicubic: R), cropped at its centre or, with fit="pad", with white added."""
     if fit == "pad":
         return ImageOps.pad(image, (width, height), Image.BICUBIC, color="white")
     return ImageOps.fit(image, (width, height), Image.BICUBIC)

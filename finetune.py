@@ -11,7 +11,7 @@ Pictures and prompts are encoded once, to --out/cache; then the encoders are dro
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA), `log.jsonl`, `loss.png`,
 `validation/*.png` (pairs held out of training), `summary.json`, and in checkpoint/ the adapter so far, ready for
 sample.py, with the optimiser's state. Started again, the same command goes on from there; a larger --steps lengthens a
-finished run, and options that do not decide the result (--save_every, --compile, ...) may change in between.
+finished run, and options that do not affect the result (--save_every, --compile, ...) may change in between.
 """
 
 import dsd  # first: see its head
@@ -27,7 +27,7 @@ import numpy
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import FluxControlPipeline
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,13 +66,15 @@ def cache_file(args, pair):
     return args.out / "cache" / f"{name}.safetensors"
 
 
-def encode_pairs(pipe, pairs, args, state):
+def encode_pairs(pipe, pairs, args, accelerator):
     """Encode the pairs whose files in the cache are missing, 32 at a time; several processes share them.
 
     With --frames 1 (an ablation) the target is the whole canvas, and the reference its condition."""
-    missing = [pair for pair in pairs if not pair["cache"].exists()][state.process_index::state.num_processes]
-    for i in tqdm(range(0, len(missing), 32), desc="encode", unit="batch", disable=not state.is_main_process):
-        part = missing[i:i + 32]
+    parts = [pairs[i:i + 32] for i in range(0, len(pairs), 32)]  # the same ones after an interruption
+    for part in tqdm(parts[accelerator.process_index::accelerator.num_processes], desc="encode", unit="batch",
+                     disable=not accelerator.is_main_process):
+        if all(pair["cache"].exists() for pair in part):
+            continue
         reference, target = map(dsd.to_pixels, zip(*[open_pair(args, pair) for pair in part]))  # (n, 3, H, W)
         two = args.frames == 2
         x_0 = dsd.encode(pipe.vae, dsd.canvas(reference, target) if two else target)  # (n, N, 64), both frames
@@ -81,7 +83,7 @@ def encode_pairs(pipe, pairs, args, state):
         for pair, *row in zip(part, *(tensor.to("cpu", torch.bfloat16) for tensor in tensors)):
             with dsd.writing(pair["cache"]) as file:
                 save_file(dict(zip(("x_0", "condition", "embeds", "pooled"), (t.contiguous() for t in row))), file)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
 def read_cache(pairs):
@@ -99,11 +101,13 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
 
     All chance comes from the step's generator, so a resumed run draws what an uninterrupted one would have drawn."""
     n = args.batch_size
-    indices = torch.randint(len(pairs), (n,), generator=generator)
+    indices = torch.randint(len(pairs), (n,), generator=generator)  # with replacement: there are no epochs
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    u, half = torch.rand(n, generator=generator), args.condition_dropout / 2
-    drop_condition = u < args.condition_dropout  # * in half of these cases the prompt is dropped as well,
-    drop_prompt = (half <= u) & (u < half + args.prompt_dropout)  # since guidance needs a trained v(0,0)
+    # One u decides what is dropped: from 0 to 1 the reference alone, both, the prompt alone, nothing.
+    # * "Both" trains the v(0,0) of guidance, "the prompt alone" its v(I,0).
+    u, start = torch.rand(n, generator=generator), args.condition_dropout / 2
+    drop_condition = u < args.condition_dropout  # (b,)
+    drop_prompt = (start <= u) & (u < start + args.prompt_dropout)  # (b,)
     noise_seeds = torch.randint(2**31, (n,), generator=generator)
     mine = slice(accelerator.process_index, n, accelerator.num_processes)
     x_0, condition, text = read_cache([pairs[i] for i in indices[mine]])
@@ -125,7 +129,7 @@ def batch_losses(model, batch, args):
 
 
 def attention(args):
-    """* In bfloat16 a CPU's plain attention has the faster backward pass. (Checkpointing repeats it there.)"""
+    """* In bfloat16 a CPU's plain attention has the faster backward pass, which therefore runs within this context."""
     plain = args.precision == "bf16" and PartialState().device.type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -138,7 +142,7 @@ def learning_rate_share(step, steps, warmup=20):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def load_student(args):
     """The teacher's transformer, widened, with LoRA in float32: at this moment it is still exactly the teacher."""
-    dtype = torch.float32 if args.precision == "no" else None  # without autocast all weights are of one kind
+    dtype = torch.float32 if args.precision == "no" else None  # without autocast base and LoRA share one dtype
     others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
     transformer = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, dtype=dtype, **others).transformer
     dsd.add_lora(dsd.widen(transformer), args.rank)
@@ -152,7 +156,7 @@ def load_student(args):
 
 def make_optimizer(transformer, args):
     """The trainable parameters, and AdamW on them."""
-    columns = transformer.x_embedder.lora_B["default"].weight  # W_c starts from zero and learns faster
+    columns = transformer.x_embedder.lora_B["default"].weight  # W_c, see dsd.add_lora: from zero, so it learns faster
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
     adamw = torch.optim.AdamW
     if args.quantize != "none":
@@ -163,9 +167,10 @@ def make_optimizer(transformer, args):
 
 def save_checkpoint(transformer, parameters, optimizer, log, args):
     """checkpoint/: an adapter that sample.py can use, and, written last, all that the next step depends on."""
-    folder, half = args.out / "checkpoint", torch.bfloat16 if parameters[0].is_cuda else torch.float16
+    folder = args.out / "checkpoint"
+    dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float16  # 16 bits halve the file
     dsd.save_adapter(transformer, folder, {name: getattr(args, name) for name in (
-        "frames", "width", "height", "prompt_tokens", "guidance_scale", "image_guidance", "text_guidance")}, half)
+        "frames", "width", "height", "prompt_tokens", "guidance_scale", "image_guidance", "text_guidance")}, dtype)
     dsd.write_json(args.out / "log.jsonl", log)
     with dsd.writing(folder / "training_state.pt") as part:
         torch.save({"step": len(log), "parameters": [p.detach().cpu() for p in parameters],
@@ -255,7 +260,8 @@ def draw_losses(log, path, window=25):
         means = numpy.convolve([r[name] for r in log], [1 / k] * k, "valid")
         axes.plot(range(k, len(log) + 1), means, colour, label=label)
         held_out = [(r["step"] + 1, r[f"held_out_{name}"]) for r in log if f"held_out_{name}" in r]
-        axes.plot(*zip(*held_out), colour + "o", label=f"{label}, held out") if held_out else None
+        if held_out:
+            axes.plot(*zip(*held_out), colour + "o", label=f"{label}, held out")
     axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
     axes.legend()
     with dsd.writing(path) as part:
@@ -276,7 +282,7 @@ def parse_args():
     add("--learning_rate", type=amount, default=1e-4, help="of AdamW, after a warm-up")
     add("--condition_lr_factor", type=amount, default=5.0, help="the condition columns learn that much faster")
     add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains the condition columns alone")
-    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of noise levels; large: most of them are high")
+    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of noise levels: the larger, the higher they are")
     add("--condition_dropout", type=amount, default=0.1, help="share of pairs without reference (guidance)")
     add("--prompt_dropout", type=amount, default=0.1, help="share of pairs without prompt (for guidance)")
     add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
@@ -306,7 +312,10 @@ def prepare(args, processes):
     for wrong, words in (
             (args.rank > width, f"--rank {args.rank} is above the {width} channels of this model's layers"),
             (args.batch_size % processes, f"--batch_size must be a multiple of the {processes} processes"),
-            (not any(args.frame_weights), "--frame_weights: not both can be 0")):
+            (not any(args.frame_weights), "--frame_weights: not both can be 0"),
+            (args.frames == 1 and args.frame_weights != [1.0, 1.0], "--frame_weights needs --frames 2"),
+            (args.condition_dropout > 1 or args.condition_dropout / 2 + args.prompt_dropout > 1,
+             "--condition_dropout and --prompt_dropout are shares of the pairs, such as 0.1")):
         if wrong:
             raise dsd.DsdError(words)
     settings = args.out / "settings.json"  # a run that goes on keeps the precision that it began with
@@ -345,11 +354,12 @@ def main():
         with dsd.writing(args.out / dsd.ADAPTER_FILE) as part:
             shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, part)
         draw_losses(log, args.out / "loss.png")
-        summary = {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log), "seconds_per_step": seconds}
-        if seconds or not (args.out / "summary.json").exists():  # a run that had finished keeps its time
-            dsd.write_json(args.out / "summary.json", summary)
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps of {seconds:.2f} s, {dsd.memory_in_use()}; "
-              f"look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+        summary = args.out / "summary.json"
+        if seconds or not summary.exists():  # a run that had finished keeps its own
+            dsd.write_json(summary, {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log),
+                                     "seconds_per_step": seconds})
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps, {dsd.read_json(summary)['seconds_per_step']:.2f} "
+              f"s a step, {dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
 
 

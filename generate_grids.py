@@ -15,7 +15,6 @@ it adds grids to those that are there.
 
 import dsd  # first: see its head
 
-import functools
 import json
 import random
 import re
@@ -43,10 +42,10 @@ GRAMMAR = {
     "lights": ["in morning light", "at sunset", "by moonlight", "under neon signs", "by candle light"],
 }
 LLM_REQUEST = """Invent one clear subject (a character, an animal or an object) that could star in a picture book, and \
-four different settings for it. For inspiration only, some captions of real pictures: {references}
+four different settings for it. For inspiration only, some captions of real pictures: {captions}
 Answer with JSON only: {{"subject": "...", "settings": ["...", "...", "...", "..."]}}. The subject has at most 12 \
 words and names no place; each setting has at most 15 words and does not repeat the subject."""
-REFERENCES = ["a brown dog asleep on a red sofa", "a vintage bicycle leaning on a wall", "a chef plating a dessert",
+CAPTIONS = ["a brown dog asleep on a red sofa", "a vintage bicycle leaning on a wall", "a chef plating a dessert",
               "two kites over a windy beach", "a porcelain cup with a painted bird", "a fire engine outside a station",
               "an elderly violinist on a bridge", "a hiking boot on a mossy stone", "a parrot on a branch"]
 
@@ -108,8 +107,8 @@ def parse_llm(answer):
 def ask_llm(model, tokenizer, number, seed):
     """A chat model's answer of this number. It depends on the number and the seed, not on earlier answers."""
     torch.manual_seed(seed * 1_000_003 + number)
-    some = random.Random(seed * 1_000_003 + number).sample(REFERENCES, 3)
-    request = [{"role": "user", "content": LLM_REQUEST.format(references="; ".join(some))}]
+    some = random.Random(seed * 1_000_003 + number).sample(CAPTIONS, 3)
+    request = [{"role": "user", "content": LLM_REQUEST.format(captions="; ".join(some))}]
     inputs = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=True,
                                            return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=1.0)
@@ -120,8 +119,7 @@ def llm_prompts(args):
     """`args.count` grids of different subjects that a chat model invents. Every answer is kept in --out/subjects.
 
     The processes share the questions in rounds, so that none waits long for another."""
-    state, load = PartialState(), functools.cache(lambda: load_llm(args))
-    grids, asked = {}, 0
+    state, model, grids, asked = PartialState(), None, {}, 0
     while len(grids) < args.count:
         if asked > 20 + 4 * len(grids):
             raise dsd.DsdError(f"--llm {args.llm}: only {len(grids)} of {asked} answers could be used; take a larger "
@@ -129,7 +127,8 @@ def llm_prompts(args):
         files = [args.out / "subjects" / f"{n:06d}.json" for n in range(asked, asked + 8 * state.num_processes)]
         for file in files[state.process_index::state.num_processes]:
             if not file.exists():
-                dsd.write_json(file, {"answer": ask_llm(*load(), int(file.stem), args.seed)})
+                model = model or load_llm(args)
+                dsd.write_json(file, {"answer": ask_llm(*model, int(file.stem), args.seed)})
         state.wait_for_everyone()
         found = filter(None, (parse_llm(dsd.read_json(file)["answer"]) for file in files))
         grids |= {subject.lower(): grid_prompt(args.grammar, "subject", subject, "", phrases)
@@ -140,6 +139,7 @@ def llm_prompts(args):
 
 def load_llm(args):
     """A chat model and its tokenizer."""
+    dsd.check_here(args.llm)
     with dsd.explained(f"--llm {args.llm}: not a chat model that can be loaded"):  # or one without a chat template
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.llm)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
@@ -148,7 +148,8 @@ def load_llm(args):
 
 def plan(args):
     """Every grid of this run in order, a list of records: what to draw, and with which seed."""
-    seed, families = args.seed * 1_000_003, {"both": ["subject", "subject", "relight"]}.get(args.family, [args.family])
+    seed = args.seed * 1_000_003
+    families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
     listed = file_prompts(args.prompts, args.grammar) if args.prompts else llm_prompts(args) if args.llm else None
     options = {name: getattr(args, name) for name in ("steps", "width", "height", "guidance_scale", "true_cfg_scale")}
     return [{"file": f"{i:06d}.png",
@@ -183,7 +184,7 @@ def parse_args():
     add("--width", type=dsd.at_least(1), help="of a panel that is not square")
     add("--height", type=dsd.at_least(1), help="of a panel that is not square")
     add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, if the model has it")
-    add("--true_cfg_scale", type=dsd.at_least(0, float), default=1.0, help="prompt guidance by a second pass; 1 is off")
+    add("--true_cfg_scale", type=dsd.at_least(1, float), default=1.0, help="prompt guidance by a second pass; 1 is off")
     add("--seed", type=dsd.at_least(0), default=0, help="of prompts and noise")
     parser.add_large_model_options()
     parser.set_defaults(grammar=GRAMMAR)
@@ -199,11 +200,12 @@ def parse_args():
 def main():
     args = parse_args()
     dsd.check_model(args.model, args.width, args.height)
-    lock = dsd.open_out(args, "generate_grids", changeable=["count", "batch_size", "offload"],
-                        model=dsd.name_of(args.model), prompts=args.prompts and dsd.digest(args.prompts),
-                        grammar=dsd.digest(text=json.dumps(args.grammar)))
-    grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
     state = PartialState()
+    with state.main_process_first():  # nobody writes before the main process has accepted the folder
+        lock = dsd.open_out(args, "generate_grids", changeable=["count", "batch_size", "offload"],
+                            prompts=args.prompts and dsd.digest(args.prompts),
+                            grammar=dsd.digest(text=json.dumps(args.grammar)))
+    grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
     if main_process := state.is_main_process:
         dsd.write_json(args.out / "grids.jsonl", grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)

@@ -9,7 +9,7 @@ Nothing is tuned here. Every image is combined with every prompt and every seed.
 image's file name ("a {name} in space"). Images are cropped at the centre, or padded (--fit), to the right proportions.
 Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if finetune.py has
 made one, else the one shipped with the model. An adapter brings the picture size and the guidance that it wants; flags
-go first.
+override them.
 
 Writes to --out: a PNG for each picture, with its settings in the PNG's text fields, and `contact_sheet.png` with the
 references on the left. Started again, the same command draws only what is missing.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import curate
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
 # ---- references and prompts ------------------------------------------------------------------------------------------
@@ -48,8 +48,10 @@ def find_adapter(args):
 def find_references(args):
     """The reference pictures, {name: image of the panel's size}. A folder stands for the pictures in it."""
     given = args.image or ([Path(args.model) / args.references] if args.references else [])
-    files = [file for path in given for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-             if not path.is_dir() or file.suffix.lower() in PICTURES and not file.name.startswith(".")]
+    files = []
+    for path in given:
+        inside = [file for file in sorted(path.glob("*")) if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        files += inside if path.is_dir() else [path]
     if not files:
         raise dsd.DsdError("no reference picture: give --image FILE")
     return {file.as_posix(): dsd.fit_image(dsd.open_image(file), args.width, args.height, args.fit) for file in files}
@@ -85,9 +87,10 @@ def draw_batch(pipe, images, prompts, seeds, args):
 
 def save_with_settings(image, path, case, args):
     """A PNG that carries its own settings: `json.loads(Image.open(path).text["dsd"])`."""
-    options = {name: getattr(args, name) for name in ("steps", "image_guidance", "text_guidance", "guidance_scale")}
+    options = {name: getattr(args, name) for name in (
+        "steps", "image_guidance", "text_guidance", "guidance_scale", "unguided_steps", "fit", "quantize")}
     names = {"image": case["image"], "model": args.model, "adapter": args.adapter}
-    told = {**case, **options, **{key: dsd.name_of(path) for key, path in names.items()}}
+    told = {**case, **options, **{key: dsd.name_of(value) for key, value in names.items()}}
     info = PngInfo()
     info.add_itxt("dsd", json.dumps(told, ensure_ascii=False))
     dsd.save_image(image, path, pnginfo=info)

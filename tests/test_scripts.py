@@ -1,14 +1,15 @@
-"""The four scripts as a user runs them, at tiny settings: what they write, determinism, several processes."""
+"""The four scripts called in this process: their options, what a second start does, several kinds of input."""
+
+import dsd  # first: see its head
 
 import json
-import os
-import subprocess
-import sys
+import shutil
+import types
 
-import generate_grids
 import pytest
 import torch
-from conftest import command, critter, predict, run_script
+from conftest import critter, noise_image, pictures, predict, written
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model import difference
@@ -17,397 +18,234 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import curate
-import dsd
 import finetune
+import generate_grids
 import sample
 
-TINY_GRIDS = ["--count", 6, "--steps", 4, "--batch_size", 2]
-TINY_TRAINING = ["--steps", 12, "--rank", 4, "--batch_size", 2, "--save_every", 4, "--ema", .9]
-TINY_SAMPLES = ["--steps", 3, "--seed", 0, 1, "--prompt", "a {name} in space at noon", "a critter in a cave",
-                "--image_guidance", 1.5, "--text_guidance", 2]
+SCRIPTS = {module.__name__: module for module in (generate_grids, curate, finetune, sample)}
 
 
-def pictures(folder):
-    """The PNG files of a folder: {name: bytes}."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+@pytest.fixture
+def run(call):
+    """run(script, *args): its exit code must be 0; returns (stdout, stderr)."""
+    def run(script, *args):
+        code, out, err = call(SCRIPTS[script], *args)
+        assert code == 0, err
+        return out, err
+    return run
 
 
-# ---- the chain, each script in a process of its own ------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def grids_run(flux, tmp_path_factory):
-    """A folder in which generate_grids.py has run: (folder, its stdout)."""
-    folder = tmp_path_factory.mktemp("chain")
-    return folder, run_script("generate_grids.py", "--model", flux, *TINY_GRIDS, cwd=folder)[0]
+@pytest.fixture
+def copied(chain, tmp_path, monkeypatch):
+    """A copy of the folder in which the four steps have run, as the working directory: its runs/."""
+    shutil.copytree(chain[0] / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
 
 
-@pytest.fixture(scope="session")
-def curate_run(grids_run, vlm):
-    """curate.py after it; whether a VLM of unknown quality accepts anything is open: (folder, exit code, stderr)."""
-    folder, _ = grids_run
-    done = subprocess.run(command("curate.py", "--vlm", vlm), cwd=folder, capture_output=True, text=True, timeout=1800)
-    return folder / "runs" / "pairs", done.returncode, done.stderr
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_docstring_and_every_option(script, call):
+    code, out, _ = call(SCRIPTS[script], "--help")
+    assert code == 0 and SCRIPTS[script].__doc__.split(".")[0] in out and out.count("(default: ") > 5
 
 
-@pytest.fixture(scope="session")
-def finetune_run(grids_run, pairs, flux):
-    """finetune.py in the same folder, on rendered pairs: (folder, its stdout)."""
-    folder, _ = grids_run
-    return folder, run_script("finetune.py", "--model", flux, "--pairs", pairs, *TINY_TRAINING, cwd=folder)[0]
+# ---- a finished run --------------------------------------------------------------------------------------------------
+def test_a_finished_run_started_again_changes_nothing(copied, commands, call):
+    before = written(copied), (copied / "adapter" / "summary.json").read_bytes()
+    for script, args in commands.items():
+        assert call(SCRIPTS[script], *args)[0] in ((0, 2) if script == "curate" else (0,))
+    assert (written(copied), (copied / "adapter" / "summary.json").read_bytes()) == before
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory):
-    """A picture of another size than the model's panels."""
-    path = tmp_path_factory.mktemp("reference") / "round horned critter.png"
-    critter(4321, [1, 0, 0]).resize((90, 64)).save(path)
-    return path
+def test_a_larger_count_adds_grids_and_only_these_are_asked_about(copied, commands, call, run, monkeypatch):
+    before, ask, asked = pictures(copied / "grids"), curate.ask, []
+    monkeypatch.setattr(curate, "ask", lambda vlm, processor, cases, *rest: asked.append(len(cases)) or ask(
+        vlm, processor, cases, *rest))
+    run("generate_grids", *commands["generate_grids"], "--count", 7)
+    after = pictures(copied / "grids")
+    assert set(after) - set(before) == {"000006.png"} and all(
+        after[name] == before[name] for name in before if name != "overview.png")
+    call(curate, *commands["curate"])
+    assert len(dsd.read_records(copied / "grids" / "grids.jsonl")) == 7 and asked[0] == 6  # pairs of one grid
+    assert len(list((copied / "pairs" / "transcripts").iterdir())) == 7
+    lost = [copied / "grids" / name for name in ("000000.png", "000006.png")]
+    for file in lost:
+        file.unlink()
+    run("generate_grids", *commands["generate_grids"], "--count", 7)  # drawn again in the same batches
+    assert pictures(copied / "grids") == after
 
 
-@pytest.fixture(scope="session")
-def sample_run(finetune_run, reference, flux):
-    """sample.py with the adapter just trained, found by itself: (folder, its stdout)."""
-    folder, _ = finetune_run
-    return folder, run_script("sample.py", "--model", flux, "--image", reference, *TINY_SAMPLES, cwd=folder)[0]
-
-
-def test_generate_grids_writes_a_picture_and_a_record_for_each_grid(grids_run, flux):
-    folder, out = grids_run
-    grids = folder / "runs" / "grids"
-    assert set(pictures(grids)) == {*(f"{i:06d}.png" for i in range(6)), "overview.png"}
-    assert {Image.open(grids / f"{i:06d}.png").size for i in range(6)} == {(64, 64)}
-    records = dsd.read_records(grids / "grids.jsonl")
-    assert [r["file"] for r in records] == [f"{i:06d}.png" for i in range(6)]
-    for r in records:
-        assert set(r) == {"file", "prompt", "panel_prompts", "subject", "family", "seed", "model", "rows", "columns",
-                          "settings"}
-        assert r["model"] == dsd.name_of(flux) and r["family"] in ("subject", "relight") and len(r["panel_prompts"]) == 4
-        assert r["settings"]["steps"] == 4 and r["prompt"].startswith("a grid of 4 images representing the same")
-    assert len({r["seed"] for r in records}) == len({r["prompt"] for r in records}) == 6
-    assert "6 grids" in out and "overview.png" in out
-
-
-def test_curate_asks_about_every_pair_and_keeps_the_transcripts(curate_run):
-    folder, code, err = curate_run
-    records = dsd.read_records(folder / "transcripts.jsonl")
-    assert sorted((r["grid"], *r["panels"]) for r in records) == [
-        (g, i, j) for g in range(6) for i in range(4) for j in range(i + 1, 4)]
-    assert all(r["question"] and "answer" in r and r["reason"] for r in records)
-    assert {r["verdict"] for r in records} <= {"yes", "no", "unparsable"}
-    assert {Image.open(path).size for path in (folder / "images").glob("*.png")} == {(32, 32)}
-    assert len(pictures(folder / "images")) == 24
-    summary = json.loads((folder / "summary.json").read_text())
-    accepted = sum(r["verdict"] == "yes" for r in records)
-    assert (summary["asked"], summary["yes"], summary["yes"] + summary["no"] + summary["unparsable"]) == (36, accepted, 36)
-    assert sum(family["asked"] for family in summary["by_family"].values()) == 36
-    assert (code, "error: " in err) == ((0, False) if summary["training_pairs"] else (2, True)), err[-2000:]
-    assert len(dsd.read_records(folder / "metadata.jsonl")) == summary["training_pairs"] <= 2 * accepted
-
-
-def test_finetune_writes_adapter_log_loss_figure_and_validation(finetune_run, flux):
-    folder, out = finetune_run
-    adapter = folder / "runs" / "adapter"
-    assert {"pytorch_lora_weights.safetensors", "settings.json", "log.jsonl", "loss.png", "summary.json", "validation",
-            "cache"} <= {path.name for path in adapter.iterdir()}
+def test_a_finished_training_is_lengthened_and_other_options_of_speed_may_change(copied, commands, run, monkeypatch):
+    compiled, adapter = [], copied / "adapter"
+    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", lambda *args, **more: compiled.append(1))
+    before, weights = dsd.read_records(adapter / "log.jsonl"), (adapter / dsd.ADAPTER_FILE).read_bytes()
+    run("finetune", *commands["finetune"], "--steps", 8, "--save_every", 3, "--validate_every", 5, "--compile",
+        "--gradient_checkpointing")
     log = dsd.read_records(adapter / "log.jsonl")
-    assert [r["step"] for r in log] == list(range(12)) and all(set(r) == {"step", "loss", "frame_1", "frame_2"} for r in log)
-    assert all(abs(r["loss"] - (r["frame_1"] + r["frame_2"]) / 2) < 1e-5 for r in log)
-    settings = json.loads((adapter / "settings.json").read_text())
-    assert (settings["rank"], settings["steps"], settings["model"]) == (4, 12, dsd.name_of(flux))
-    assert list(pictures(adapter / "validation")) == ["step_000012.png"]
-    summary = json.loads((adapter / "summary.json").read_text())
-    assert summary["pairs"] == 8 and summary["seconds_per_step"] > 0 and .1 < summary["peak_memory_gb"] < 30
-    assert "peak memory" in out and "s a step" in out
-    tensors = load_file(adapter / dsd.ADAPTER_FILE)
-    assert tensors["transformer.x_embedder.lora_B.weight"].abs().max() > 0
-    assert {t.shape[0] for name, t in tensors.items() if name.endswith("attn.to_q.lora_A.weight")} == {4}
+    assert log[:6] == before and [r["step"] for r in log] == list(range(8)) and compiled
+    assert (adapter / dsd.ADAPTER_FILE).read_bytes() != weights and dsd.read_json(adapter / "summary.json")["steps"] == 8
 
 
-def test_sample_writes_a_picture_for_each_prompt_and_seed_with_its_settings_inside(sample_run, reference):
-    folder, out = sample_run
-    samples = folder / "runs" / "samples"
-    assert set(pictures(samples)) == {"0000.png", "0001.png", "0002.png", "0003.png", "contact_sheet.png"}
-    told = []
-    for i in range(4):
-        with Image.open(samples / f"{i:04d}.png") as image:
-            assert image.size == (32, 32)
-            told.append(json.loads(image.text["dsd"]))
-    assert [(t["text"], t["seed"]) for t in told] == [
-        (text, seed) for text in ("a round horned critter in space at noon", "a critter in a cave") for seed in (0, 1)]
-    assert {t["image"] for t in told} == {str(reference)} and {t["adapter"] for t in told} == {"runs/adapter"}
-    assert {(t["steps"], t["image_guidance"], t["text_guidance"]) for t in told} == {(3, 1.5, 2.0)}
-    assert len(set(pictures(samples).values())) == 5
-    assert "4 pictures" in out
+@pytest.mark.parametrize("script, change", [
+    ("finetune", ["--rank", 8]), ("finetune", ["--seed", 1]), ("generate_grids", ["--steps", 5]),
+    ("curate", ["--tolerance", 1]), ("sample", ["--seed", 3])])
+def test_what_decides_the_result_makes_another_run_which_is_refused(copied, commands, call, script, change):
+    before = written(copied)
+    code, _, err = call(SCRIPTS[script], *commands[script], *change)
+    assert code == 2 and "holds another run" in err and written(copied) == before
 
 
-def written(folder):
-    """What a script wrote: {name: bytes}, but for the lock and the measured times."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != ".lock" and (folder.name, path.name) != ("adapter", "summary.json")}
+def test_another_picture_behind_the_same_record_makes_another_run(pairs, flux, tmp_path, call):
+    shutil.copytree(pairs, tmp_path / "pairs")
+    train = finetune, "--model", flux, "--pairs", tmp_path / "pairs", "--steps", 1, "--rank", 4, "--batch_size", 1
+    assert call(*train, "--out", tmp_path / "one")[0] == 0
+    noise_image(32, 32).save(tmp_path / "pairs" / "images" / "000002_1.png")
+    code, _, err = call(*train, "--out", tmp_path / "one")
+    assert code == 2 and "holds another run" in err
+    assert call(*train, "--out", tmp_path / "two")[0] == 0
+    one, two = ({file.name for file in (tmp_path / name / "cache").iterdir()} for name in ("one", "two"))
+    assert len(one) == len(two) == 8 and len(one & two) == 6
 
 
-def test_the_same_commands_in_fresh_processes_give_the_same_bytes(
-        grids_run, curate_run, finetune_run, sample_run, reference, pairs, flux, vlm, tmp_path, monkeypatch):
-    """Grids, records, transcripts, adapter with its metadata, checkpoint, log, figures, pictures."""
-    runs = grids_run[0] / "runs"
-    first = {name: written(runs / name) for name in ("grids", "pairs", "adapter", "samples")}
-    monkeypatch.setenv("PYTHONHASHSEED", "77")  # another order of sets
-    run_script("generate_grids.py", "--model", flux, *TINY_GRIDS, cwd=tmp_path)
-    run_script("curate.py", "--vlm", vlm, cwd=tmp_path, code=curate_run[1])
-    run_script("finetune.py", "--model", flux, "--pairs", pairs, *TINY_TRAINING, cwd=tmp_path)
-    run_script("sample.py", "--model", flux, "--image", reference, *TINY_SAMPLES, cwd=tmp_path)
-    assert {name: written(tmp_path / "runs" / name) for name in first} == first
+def test_a_resumed_run_keeps_its_own_precision(pairs, flux, tmp_path, run, monkeypatch):
+    train = "finetune", "--model", flux, "--pairs", pairs, "--rank", 4, "--batch_size", 1, "--validation_grids", 0
+    for gain, steps, out, wanted in ((.01, 1, "slow", "no"), (9, 2, "slow", "no"), (9, 1, "fast", "bf16"), (.01, 1, "fast", "bf16")):
+        monkeypatch.setattr(dsd, "bfloat16_gain", lambda width: gain)
+        run(*train, "--steps", steps, "--out", tmp_path / out)
+        assert dsd.read_json(tmp_path / out / "settings.json")["precision"] == wanted
+    assert len(dsd.read_records(tmp_path / "slow" / "log.jsonl")) == 2
 
 
-def test_a_finished_run_started_again_changes_nothing(grids_run, finetune_run, sample_run, pairs, reference, flux, call,
-                                                      monkeypatch):
-    monkeypatch.chdir(grids_run[0])
-    before = {name: written(grids_run[0] / "runs" / name) for name in ("grids", "adapter", "samples")}
-    for module, *args in ((generate_grids, *TINY_GRIDS), (finetune, "--pairs", pairs, *TINY_TRAINING),
-                          (sample, "--image", reference, *TINY_SAMPLES)):
-        assert call(module, "--model", flux, *args)[0] == 0
-    assert {name: written(grids_run[0] / "runs" / name) for name in before} == before
+# ---- training --------------------------------------------------------------------------------------------------------
+def arguments(pairs, out, **changes):
+    """What finetune.py's functions read of its options, and the pairs with their places in the cache."""
+    args = types.SimpleNamespace(**{
+        "pairs": pairs, "out": out, "width": 32, "height": 32, "frames": 2, "validation_grids": 4, "seed": 0, "batch_size": 6,
+        "shift": 3.0, "condition_dropout": .1, "prompt_dropout": .1, "prompt_tokens": None} | changes)
+    training, held_out = finetune.read_pairs(args)
+    for pair in [*training, *held_out]:
+        pair["cache"] = finetune.cache_file(args, pair)
+    return args, training, held_out
 
 
-# ---- interruption (test_interruption.py kills the scripts) -----------------------------------------------------------
-def test_grids_lost_from_a_batch_are_drawn_again_in_the_same_batch(flux, tmp_path, call):
-    run = [generate_grids, "--model", flux, "--count", 4, "--steps", 2, "--batch_size", 4, "--out", tmp_path]
-    assert call(*run)[0] == 0
-    before, records = pictures(tmp_path), (tmp_path / "grids.jsonl").read_bytes()
-    (tmp_path / "grids.jsonl").write_bytes(b"".join(records.splitlines(True)[:1]))
-    for i in (1, 2, 3):
-        (tmp_path / f"{i:06d}.png").unlink()
-    assert call(*run)[0] == 0
-    assert pictures(tmp_path) == before and (tmp_path / "grids.jsonl").read_bytes() == records
+def process(index=0, count=1):
+    """One of several processes, as far as finetune.py's functions look at it."""
+    return types.SimpleNamespace(device="cpu", process_index=index, num_processes=count, is_main_process=True,
+                                 wait_for_everyone=lambda: None)
 
 
-# ---- several processes, options --------------------------------------------------------------------------------------
-def test_two_processes_log_the_losses_of_one_process_on_the_same_global_batch(pairs, flux, tmp_path, call):
-    run = ["--model", flux, "--pairs", pairs, "--steps", 4, "--rank", 4, "--batch_size", 4, "--precision", "no"]
-    assert call(finetune, *run, "--out", tmp_path / "one")[0] == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--main_process_port", "0"]
-    done = subprocess.run(launch + command("finetune.py", *run, "--out", "two")[1:], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (dsd.read_records(tmp_path / name / "log.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, abs=1e-4)
-    one, two = (load_file(tmp_path / name / dsd.ADAPTER_FILE) for name in ("one", "two"))
-    assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)
+@pytest.mark.parametrize("wanted, grids", [(0, 0), (1, 1), (4, 1)])  # of four grids at most a quarter
+def test_pairs_are_held_out_by_whole_grids(pairs, tmp_path, wanted, grids):
+    _, training, held_out = arguments(pairs, tmp_path, validation_grids=wanted)
+    assert len(held_out) == 2 * grids and len(training) == 8 - 2 * grids
+    assert {r["grid"] for r in training}.isdisjoint(r["grid"] for r in held_out)
 
 
-def finetuned(call, pairs, flux, out, *options):
-    """An adapter trained for four steps in this process, and its log."""
-    code, _, err = call(finetune, "--model", flux, "--pairs", pairs, "--steps", 4, "--rank", 4, "--precision", "no",
-                        "--batch_size", 2, "--out", out, *options)
-    assert code == 0, err
-    return load_file(out / dsd.ADAPTER_FILE), dsd.read_records(out / "log.jsonl")
+@pytest.mark.parametrize("frames", [2, 1])
+def test_the_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs, tmp_path, frames):
+    args, records, _ = arguments(pairs, tmp_path, frames=frames)
+    finetune.encode_pairs(pipe, records, args, process())
+    x_0, condition, (embeds, pooled) = finetune.read_cache(records)
+    reference, target = (dsd.to_pixels([dsd.open_image(pairs / r[f"{side}_file_name"]) for r in records])
+                         for side in ("reference", "target"))
+    if frames == 2:
+        target, reference = torch.cat([reference, target], 3), torch.cat([reference, 0 * reference - 1], 3)
+    close = {"rtol": .01, "atol": .01}  # it keeps bfloat16
+    torch.testing.assert_close(x_0, dsd.encode(pipe.vae, target).cpu(), **close)
+    torch.testing.assert_close(condition, dsd.encode(pipe.vae, reference).cpu(), **close)
+    for wanted, found in zip(dsd.encode_prompts(pipe, [r["prompt"] for r in records]), (embeds, pooled)):
+        torch.testing.assert_close(found, wanted.cpu(), **close)
+    assert (x_0[0] - x_0[1]).abs().max() > .1 and (embeds[0] - embeds[1]).abs().max() > .1
 
 
-def farthest(a, b):
-    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+def test_a_batch_is_drawn_alike_however_many_processes_share_it(pipe, pairs, tmp_path):
+    """And dropout, noise and noise levels with it; half of the dropped references drop the prompt too."""
+    args, records, _ = arguments(pairs, tmp_path, batch_size=30, condition_dropout=.5, prompt_dropout=.5)
+    finetune.encode_pairs(pipe, records, args, process())
+    null_text = dsd.encode_prompts(pipe, [""])
+
+    def draw(index, count, seed=5):
+        return finetune.draw_batch(records, null_text, args, torch.Generator().manual_seed(seed), process(index, count))
+    whole, parts = draw(0, 1), [draw(i, 3) for i in range(3)]
+    for k, tensor in enumerate(whole):
+        assert torch.equal(torch.stack([part[k] for part in parts], 1).flatten(0, 1), tensor)
+    assert not torch.equal(whole[1], draw(0, 1, seed=6)[1])
+    without, unprompted = (whole[3] == 0).all(2).all(1), (whole[5] == null_text[1].cpu()).all(1)
+    for a, b in ((without, unprompted), (without, ~unprompted), (~without, unprompted), (~without, ~unprompted)):
+        assert (a & b).any()
 
 
-def test_ema_and_gradient_checkpointing_leave_the_losses_alone(pairs, flux, tmp_path, call):
-    plain, log = finetuned(call, pairs, flux, tmp_path / "plain")
-    averaged, averaged_log = finetuned(call, pairs, flux, tmp_path / "averaged", "--ema", .5, "--gradient_checkpointing",
-                                       "--validate_every", 2)
-    for a, b in zip(log, averaged_log, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-    assert 0 < farthest(plain, averaged) < farthest(plain, {name: 0 * t for name, t in plain.items()})
-    assert list(pictures(tmp_path / "averaged" / "validation")) == ["step_000002.png", "step_000004.png"]
-
-
-class Process:
-    """What `finetune.draw` wants to know of the accelerator."""
-    device = "cpu"
-
-    def __init__(self, index=0, count=1):
-        self.process_index, self.num_processes = index, count
-
-
-def test_logged_loss_is_the_weighted_mean_over_the_accumulated_batches_computed_by_hand(pipe, pairs, flux, tmp_path, call):
-    _, log = finetuned(call, pairs, flux, tmp_path, "--accumulate", 3, "--frame_weights", 1, 3)
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    cache, frames = finetune.Cache(tmp_path / "cache", finetune.read_pairs(pairs)), []
-    for micro in range(3):
-        _, x_0, eps, sigma, _, *text = finetune.draw(cache, dsd.encode_prompts(pipe, [""]), settings, 0, micro, Process())
+def test_the_logged_loss_is_the_mean_over_the_accumulated_batches_computed_by_hand(pipe, pairs, flux, tmp_path, run):
+    run("finetune", "--model", flux, "--pairs", pairs, "--steps", 1, "--rank", 4, "--precision", "no", "--batch_size", 2,
+        "--accumulate", 3, "--frame_weights", 1, 3, "--validation_grids", 0, "--out", tmp_path)
+    args, records, _ = arguments(pairs, tmp_path, batch_size=2, validation_grids=0)
+    frames, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x_0, eps, sigma, _, *text = finetune.draw_batch(records, dsd.encode_prompts(pipe, [""]), args, generator, process())
         x_sigma = (1 - sigma.view(-1, 1, 1)) * x_0 + sigma.view(-1, 1, 1) * eps
         error = predict(pipe.transformer, x_sigma, sigma, text, dsd.position_ids(8, 16)) - (eps - x_0)
         error = dsd.unpack(error ** 2, 8, 16)  # at the first step the student still is the teacher
         frames.append([error[..., :8].mean().item(), error[..., 8:].mean().item()])
     first, second = (sum(losses) / 3 for losses in zip(*frames))
-    assert log[0] == pytest.approx({"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second}, abs=1e-4)
+    log, = dsd.read_records(tmp_path / "log.jsonl")
+    assert log == pytest.approx({"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second}, abs=1e-4)
 
 
-def test_training_that_diverges_is_an_error_and_leaves_no_adapter(pairs, flux, tmp_path, call):
-    code, _, err = call(finetune, "--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 4, "--batch_size", 2,
-                        "--learning_rate", 1e20, "--out", tmp_path)
-    assert code == 2 and "error: the loss is not a number" in err
-    assert not (tmp_path / dsd.ADAPTER_FILE).exists() and not (tmp_path / "checkpoint.safetensors").exists()
+def test_no_two_micro_batches_are_alike(pairs, flux, tmp_path, run, monkeypatch):
+    seen = []
+
+    def batch_losses(model, batch, args):
+        seen.append((batch[2].item(), batch[1].sum().item()))  # sigma and noise
+        return sum(p.sum() for p in model.parameters() if p.requires_grad) * torch.zeros(3)
+    monkeypatch.setattr(finetune, "batch_losses", batch_losses)
+    run("finetune", "--model", flux, "--pairs", pairs, "--steps", 2, "--rank", 1, "--batch_size", 1, "--accumulate", 70,
+        "--validation_grids", 0, "--out", tmp_path)
+    assert len(set(seen)) == len(seen) == 140
 
 
-def test_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs, tmp_path):
-    records = finetune.read_pairs(pairs)
-    finetune.encode_pairs(pipe, records, pairs, (32, 32), tmp_path)
-    x_0, condition, (embeds, pooled) = finetune.Cache(tmp_path, records).batch(torch.arange(8))
-    reference, target = (dsd.to_pixels([dsd.open_image(pairs / r[f"{side}_file_name"]) for r in records])
-                         for side in ("reference", "target"))
-    close = {"rtol": .01, "atol": .01}  # it keeps bfloat16
-    torch.testing.assert_close(x_0, dsd.encode(pipe.vae, torch.cat([reference, target], 3)), **close)
-    torch.testing.assert_close(condition, dsd.encode(pipe.vae, torch.cat([reference, 0 * reference - 1], 3)), **close)
-    for wanted, found in zip(dsd.encode_prompts(pipe, [r["prompt"] for r in records]), (embeds, pooled)):
-        torch.testing.assert_close(found, wanted, **close)
-    assert (x_0[0] - x_0[1]).abs().max() > .1 and (embeds[0] - embeds[1]).abs().max() > .1
-    assert (pooled[0] - pooled[2]).abs().max() > .05  # two critters; five times what `close` forgives
+def test_gradient_checkpointing_leaves_the_losses_alone_and_a_stopped_run_can_be_sampled(
+        chain, commands, run, tmp_path, reference, flux):
+    run("finetune", *commands["finetune"], "--gradient_checkpointing", "--out", tmp_path / "adapter")
+    logs = [dsd.read_records(folder / "log.jsonl") for folder in (chain[0] / "runs" / "adapter", tmp_path / "adapter")]
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    (tmp_path / "adapter" / dsd.ADAPTER_FILE).unlink()
+    run("sample", "--model", flux, "--adapter", tmp_path / "adapter" / "checkpoint", "--image", reference, "--prompt",
+        "a critter", "--steps", 1, "--out", tmp_path / "samples")
+    assert (tmp_path / "samples" / "0000.png").exists()
 
 
-def test_the_training_batch_is_drawn_alike_however_many_processes_share_it(pipe, pairs, tmp_path):
-    """And dropout, noise and noise levels with it."""
-    records = finetune.read_pairs(pairs)
-    finetune.encode_pairs(pipe, records, pairs, (32, 32), tmp_path)
-    cache, null_text = finetune.Cache(tmp_path, records), dsd.encode_prompts(pipe, [""])
-    settings = {"batch_size": 6, "seed": 0, "shift": 3.0, "condition_dropout": .4, "prompt_dropout": .4}
-    drawn, *whole = finetune.draw(cache, null_text, settings, 5, 0, Process(0, 1))
-    x_0, eps, sigma, condition, embeds, pooled = whole
-    parts = [finetune.draw(cache, null_text, settings, 5, 0, Process(i, 3)) for i in range(3)]
-    for k, tensor in enumerate(whole, 1):
-        assert torch.equal(torch.stack([p[k] for p in parts], 1).flatten(0, 1), tensor)
-    assert [pair for shares in zip(*(p[0] for p in parts)) for pair in shares] == drawn
-    assert not torch.equal(eps, finetune.draw(cache, null_text, settings, 6, 0, Process(0, 1))[2])
-    dropped, unprompted = (condition == 0).all(2).all(1), (pooled == null_text[1]).all(1)
-    assert 0 < dropped.sum() < 6 and 0 < unprompted.sum() < 6 and not torch.equal(dropped, unprompted)
-
-
-def test_batch_size_does_not_change_the_grids(grids_run, flux, tmp_path, call):
-    folder, _ = grids_run
-    assert call(generate_grids, "--model", flux, *TINY_GRIDS, "--batch_size", 4, "--out", tmp_path)[0] == 0
+# ---- grids -----------------------------------------------------------------------------------------------------------
+def test_batch_size_does_not_change_the_grids_but_seed_and_family_do(chain, commands, run, tmp_path):
+    run("generate_grids", *commands["generate_grids"], "--batch_size", 4, "--out", tmp_path / "a")
     for i in range(6):
-        ours, theirs = (dsd.open_image(path / f"{i:06d}.png") for path in (tmp_path, folder / "runs" / "grids"))
+        ours, theirs = (dsd.open_image(path / f"{i:06d}.png") for path in (tmp_path / "a", chain[0] / "runs" / "grids"))
         assert difference(ours, theirs) <= 1
-
-
-def test_seed_and_family_change_the_grids(flux, tmp_path, call):
-    for name, options in (("a", []), ("b", ["--seed", 1]), ("c", ["--family", "relight"])):
-        assert call(generate_grids, "--model", flux, "--count", 2, "--steps", 1, "--out", tmp_path / name, *options)[0] == 0
+    for name, *options in (("b", "--seed", 1), ("c", "--family", "relight")):
+        run("generate_grids", *commands["generate_grids"], "--count", 2, "--steps", 1, "--out", tmp_path / name, *options)
     a, b, c = (dsd.read_records(tmp_path / name / "grids.jsonl") for name in "abc")
     assert {r["prompt"] for r in a}.isdisjoint(r["prompt"] for r in b) and a[0]["seed"] != b[0]["seed"]
     assert all(r["family"] == "relight" and "scene" in r["prompt"] for r in c)
 
 
-def test_grids_from_a_prompts_file(flux, tmp_path, call):
+def test_grids_from_a_prompts_file(flux, tmp_path, run):
     (tmp_path / "prompts.txt").write_text(
         "a round horned critter | in space | in a cave | by moonlight | on the beach\n\n"
         "  a tall critter|at noon|at sunset|under neon|in the snow  \n")
-    assert call(generate_grids, "--model", flux, "--steps", 1, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path)[0] == 0
-    first, second = dsd.read_records(tmp_path / "grids.jsonl")
-    assert first["subject"] == "a round horned critter"
+    draw = "generate_grids", "--model", flux, "--steps", 1, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "grids"
+    run(*draw)
+    first, second = dsd.read_records(tmp_path / "grids" / "grids.jsonl")
+    assert first["subject"] == "round horned critter" and second["panel_prompts"][3] == "a tall critter in the snow"
     assert "the same round horned critter: " in first["prompt"] and "second in a cave" in first["prompt"]
-    assert second["panel_prompts"][3] == "a tall critter in the snow"
-    assert call(generate_grids, "--model", flux, "--steps", 1, "--count", 3, "--prompts", tmp_path / "prompts.txt",
-                "--out", tmp_path)[0] == 0
-    third = dsd.read_records(tmp_path / "grids.jsonl")[2]
+    run(*draw, "--count", 3)
+    third = dsd.read_records(tmp_path / "grids" / "grids.jsonl")[2]
     assert third["prompt"] == first["prompt"] and third["seed"] != first["seed"]  # drawn again, with other noise
-    assert difference(*(dsd.open_image(tmp_path / r["file"]) for r in (first, third))) > 5
+    assert difference(*(dsd.open_image(tmp_path / "grids" / r["file"]) for r in (first, third))) > 5
 
 
-def test_sample_takes_the_released_layout_and_puts_the_files_name_into_the_prompt(pipe, flux, reference, tmp_path, call):
-    state = {n: t.clone() for n, t in pipe.transformer.state_dict().items()}
-    state |= {"c_embedder.weight": .1 * torch.ones_like(state["x_embedder.weight"]),
-              "c_embedder.bias": torch.zeros_like(state["x_embedder.bias"])}
-    (tmp_path / "released" / "transformer").mkdir(parents=True)
-    save_file(state, tmp_path / "released" / "transformer" / "diffusion_pytorch_model.safetensors")
-    q = "transformer_blocks.0.attn.to_q"
-    width = state[f"{q}.weight"].shape[0]
-    save_file({f"transformer.{q}.lora_A.weight": torch.ones(2, width), f"transformer.{q}.lora_B.weight": torch.zeros(width, 2)},
-              tmp_path / "released" / dsd.ADAPTER_FILE)
-    code, _, err = call(sample, "--model", flux, "--adapter", tmp_path / "released", "--image", reference, "--prompt",
-                        "a {name} in space", "--steps", 1, "--out", tmp_path / "out")
-    assert code == 0, err
-    with Image.open(tmp_path / "out" / "0000.png") as image:
-        assert json.loads(image.text["dsd"])["text"] == "a round horned critter in space"
-
-
-def test_sample_enhances_prompts_with_what_a_vlm_sees(finetune_run, vlm, reference, flux, tmp_path, call):
-    code, out, err = call(sample, "--model", flux, "--adapter", finetune_run[0] / "runs" / "adapter", "--image", reference,
-                          "--prompt", "a critter in space", "--steps", 1, "--enhance", vlm, "--out", tmp_path)
-    assert code == 0, err
-    with Image.open(tmp_path / "0000.png") as image:
-        told = json.loads(image.text["dsd"])
-    assert told["prompt"] == "a critter in space" and told["text"].startswith("a critter in space, ")
-    assert f"{reference}: " in out
-
-
-def test_sample_says_what_of_a_long_prompt_is_not_read(finetune_run, reference, flux, tmp_path, call):
-    _, _, err = call(sample, "--model", flux, "--adapter", finetune_run[0] / "runs" / "adapter", "--image", reference,
-                     "--prompt", "red " * 70 + "hat", "a critter", "--steps", 1, "--out", tmp_path)
-    assert err.count("warning") == 1 and "red hat" in err
-
-
-# ---- curation with known answers -------------------------------------------------------------------------------------
-YES = "subject: a critter\nimage 1: red\nimage 2: red\ncompare: colour same, ears same\nverdict: yes"
-NO = "subject: a critter\nimage 1: red\nimage 2: blue\ncompare: colour different, ears same\nverdict: no"
-
-
-def scripted(model, processor, cases, question, *rest):
-    """A VLM that accepts the first pair of every six, rejects the next four, and answers nonsense to the last."""
-    if question == curate.PAIR_QUESTION:
-        return [[YES, NO, NO, NO, NO, "yes, they look the same"][i % 6] for i in range(len(cases))]
-    return [f"caption {i}" for i in range(len(cases))]
-
-
-@pytest.fixture
-def curated(grids_run, tmp_path, monkeypatch, call):
-    """curate.py on the six grids with these answers."""
-    monkeypatch.setattr(curate, "load_vlm", lambda *args: (None, None))
-    monkeypatch.setattr(curate, "ask", scripted)
-    code, _, err = call(curate, "--grids", grids_run[0] / "runs" / "grids", "--tolerance", 0, "--out", tmp_path / "pairs")
-    assert code == 0, err
-    return tmp_path / "pairs"
-
-
-def test_accepted_pairs_become_training_pairs_in_both_orders(curated):
-    records = dsd.read_records(curated / "metadata.jsonl")
-    assert [(r["grid"], r["reference_panel"], r["target_panel"]) for r in records] == [
-        (g, *order) for g in range(6) for order in ((0, 1), (1, 0))]
-    for r in records:
-        assert r["prompt"].startswith("caption") and r["family"] in ("subject", "relight")
-        assert (curated / r["reference_file_name"]).exists() and (curated / r["target_file_name"]).exists()
-    summary = json.loads((curated / "summary.json").read_text())
-    assert (summary["yes"], summary["no"], summary["unparsable"], summary["training_pairs"]) == (6, 24, 6, 12)
-    assert summary["accept_rate"] == pytest.approx(1 / 6, abs=1e-3)
-    assert (curated / "accepted.png").exists() and (curated / "rejected.png").exists()
-
-
-def test_panels_are_cut_from_their_grid(curated, grids_run):
-    panels = dsd.cut_grid(dsd.open_image(grids_run[0] / "runs" / "grids" / "000002.png"))
-    for k, panel in enumerate(panels):
-        assert dsd.open_image(curated / "images" / f"000002_{k}.png").tobytes() == panel.tobytes()
-
-
-def test_datasets_reads_the_pairs_as_an_imagefolder(curated, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed (see requirements.txt)")
-    rows = datasets.load_dataset("imagefolder", data_dir=str(curated), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(rows) == 12 and {"reference", "target", "prompt"} <= set(rows.column_names)
-    records = dsd.read_records(curated / "metadata.jsonl")
-    assert rows["prompt"][:] == [r["prompt"] for r in records]
-    assert rows[0]["target"].convert("RGB").tobytes() == dsd.open_image(curated / records[0]["target_file_name"]).tobytes()
-
-
-def test_finetune_trains_on_what_curate_wrote(curated, flux, tmp_path, call):
-    code, _, err = call(finetune, "--model", flux, "--pairs", curated, "--steps", 1, "--rank", 4, "--out", tmp_path / "adapter")
-    assert code == 0 and (tmp_path / "adapter" / dsd.ADAPTER_FILE).exists(), err
-
-
-# ---- a chat model invents the subjects -------------------------------------------------------------------------------
-ANSWER = ('{ "subject": "a red robot", "settings": [ "on a beach", "in the snow", "in a library", "on a boat" ] }')
+ANSWER = '{ "subject": "a red robot", "settings": [ "on a beach", "in the snow", "in a library", "on a boat" ] }'
+SETTINGS = ["on a beach", "in the snow", "in a library", "on a boat"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory):
-    return make_chat_model(tmp_path_factory.mktemp("models") / "llm", 80)
 
 
 def make_chat_model(folder, steps):
@@ -424,12 +262,10 @@ def make_chat_model(folder, steps):
     optimizer, answer = torch.optim.AdamW(model.parameters(), lr=3e-3), tokenizer(ANSWER + " </s>").input_ids
     for step in range(steps):
         references = "; ".join(generate_grids.REFERENCES[(step + i) % 9] for i in range(3))
-        request = generate_grids.LLM_REQUEST.format(references=references)
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True)["input_ids"]
+        request = [{"role": "user", "content": generate_grids.LLM_REQUEST.format(references=references)}]
+        asked = tokenizer.apply_chat_template(request, add_generation_prompt=True)["input_ids"]
         ids = torch.tensor([[*asked, *answer]])
-        labels = ids.clone()
-        labels[:, :len(asked)] = -100
-        model(ids, labels=labels).loss.backward()
+        model(ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(asked), -100)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
@@ -437,44 +273,168 @@ def make_chat_model(folder, steps):
     return folder
 
 
-def test_a_chat_models_usable_answer_becomes_a_grid(chat_model, flux, tmp_path, call):
-    code, out, err = call(generate_grids, "--model", flux, "--llm", chat_model, "--count", 1, "--steps", 1, "--out", tmp_path)
-    assert code == 0, err
-    record, = dsd.read_records(tmp_path / "grids.jsonl")
-    assert record["subject"] == "a red robot" and record["panel_prompts"][2] == "a red robot in a library"
-    assert "second in the snow" in record["prompt"] and "1 subjects" in out
-
-
-def test_a_chat_models_answers_are_kept_and_not_asked_for_again(chat_model, flux, tmp_path, call, monkeypatch):
-    run = [generate_grids, "--model", flux, "--llm", chat_model, "--count", 2, "--steps", 1, "--out", tmp_path]
-    (tmp_path / "subjects.jsonl").write_text("")
-    assert call(*run)[0] == 2  # a file of unknown origin
-    (tmp_path / "subjects.jsonl").unlink()
-    code, _, err = call(*run)
-    assert code == 2 and "24 answers could not be used, 1 could" in err  # it repeats itself
-    answers = dsd.read_records(tmp_path / "subjects.jsonl")
-    assert len(answers) == 25
-    usable = next(a["answer"] for a in answers if generate_grids.parse_llm(a["answer"]))
-    dsd.write_records(tmp_path / "subjects.jsonl", [{"answer": usable}, {"answer": usable.replace("robot", "fox")}])
-    monkeypatch.setattr(generate_grids.AutoModelForCausalLM, "from_pretrained", None)  # no model, no new answer
-    code, _, err = call(*run)
-    assert code == 0, err
-    assert [r["subject"] for r in dsd.read_records(tmp_path / "grids.jsonl")] == ["a red robot", "a red fox"]
-
-
-def test_a_chat_model_without_any_usable_answer_is_an_error(flux, tmp_path, call):
-    llm = make_chat_model(tmp_path / "llm", 0)
-    code, _, err = call(generate_grids, "--model", flux, "--llm", llm, "--count", 1, "--steps", 1, "--out", tmp_path / "grids")
-    assert code == 2 and "21 answers could not be used, 0 could" in err and "Traceback" not in err
-    assert not list(tmp_path.glob("grids/*.png"))
+def test_a_chat_model_invents_subjects_and_its_answers_are_kept(flux, tmp_path, call, run, monkeypatch):
+    llm, out = make_chat_model(tmp_path / "llm", 80), tmp_path / "grids"
+    draw = "generate_grids", "--model", flux, "--llm", llm, "--steps", 1, "--out", out
+    said, _ = run(*draw, "--count", 1)
+    record, = dsd.read_records(out / "grids.jsonl")
+    assert (record["subject"], record["panel_prompts"][2]) == ("red robot", "a red robot in a library")
+    assert "second in the snow" in record["prompt"]
+    code, _, err = call(generate_grids, *draw[1:], "--count", 2)
+    assert code == 2 and "only 1 of " in err and "answers could be used" in err  # it repeats itself
+    answers = sorted((out / "subjects").iterdir())
+    usable = next(dsd.read_json(file)["answer"] for file in answers if generate_grids.parse_llm(dsd.read_json(file)["answer"]))
+    dsd.write_json(answers[-1], {"answer": usable.replace("robot", "fox")})
+    monkeypatch.setattr(generate_grids, "load_llm", None)  # no model, no new answer
+    run(*draw, "--count", 2)
+    assert [r["subject"] for r in dsd.read_records(out / "grids.jsonl")] == ["red robot", "red fox"]
 
 
 @pytest.mark.parametrize("answer, wanted", [
-    (ANSWER, ("a red robot", ["on a beach", "in the snow", "in a library", "on a boat"])),
-    (f"Sure!\n```json\n{ANSWER}\n```", ("a red robot", ["on a beach", "in the snow", "in a library", "on a boat"])),
+    (ANSWER, ("a red robot", SETTINGS)), (f"Sure!\n```json\n{ANSWER}\n```", ("a red robot", SETTINGS)),
     ("", None), ("a red robot", None), ("{}", None), (ANSWER[:-3], None), (ANSWER.replace("on a boat", "On a Beach"), None),
     (ANSWER.replace(', "on a boat"', ""), None), (ANSWER.replace("on a boat", "very " * 16), None),
     (ANSWER.replace("a red robot", ""), None), (ANSWER.replace("a red robot", "very " * 13), None),
     (ANSWER.replace('"on a boat"', "7"), None), ('["subject", "settings"]', None)])
-def test_parse_llm_accepts_only_a_subject_and_four_different_settings(answer, wanted):
+def test_an_answer_counts_only_with_a_subject_and_four_different_settings(answer, wanted):
     assert generate_grids.parse_llm(answer) == wanted
+
+
+# ---- curation with known answers -------------------------------------------------------------------------------------
+YES = "subject: a critter\nimage 1: red\nimage 2: red\ncompare: colour same, ears same\nverdict: yes"
+NO = "subject: a critter\nimage 1: red\nimage 2: blue\ncompare: colour different, ears same\nverdict: no"
+ANSWERS = [YES, NO, NO, f"subject: a critter {curate.TRUNCATED}", NO, "yes, they look the same"]
+
+
+def scripted(model, processor, cases, question, *rest):
+    """A VLM that gives these answers to the six pairs of each grid."""
+    if question == curate.PAIR_QUESTION:
+        return [ANSWERS[i % 6] for i in range(len(cases))]
+    return [f"caption {i}" for i in range(len(cases))]
+
+
+@pytest.fixture
+def curated(chain, tmp_path, monkeypatch, run):
+    """curate.py on the six grids with these answers: (folder, how to start it again)."""
+    monkeypatch.setattr(curate, "load_vlm", lambda *args: (None, None))
+    monkeypatch.setattr(curate, "ask", scripted)
+    monkeypatch.setattr(curate, "set_aside", lambda a, b: None)  # the teacher may have drawn anything
+    start = "curate", "--grids", chain[0] / "runs" / "grids", "--out", tmp_path / "pairs"
+    run(*start)
+    return tmp_path / "pairs", start
+
+
+def test_accepted_pairs_become_training_pairs_in_both_orders(curated, run, flux, tmp_path):
+    folder, _ = curated
+    records = dsd.read_records(folder / "metadata.jsonl")
+    assert [(r["grid"], r["reference_panel"], r["target_panel"]) for r in records] == [
+        (g, *order) for g in range(6) for order in ((0, 1), (1, 0))]
+    for r in records:
+        assert r["prompt"].startswith("caption") and r["family"] in ("subject", "relight")
+        assert (folder / r["reference_file_name"]).exists() and (folder / r["target_file_name"]).exists()
+    summary = dsd.read_json(folder / "summary.json")
+    assert [summary[name] for name in ("asked", "yes", "no", "truncated", "unparsable", "training_pairs")] == [36, 6, 18, 6, 6, 12]
+    assert summary["accept_rate"] == pytest.approx(1 / 6, abs=1e-3)
+    assert (folder / "accepted.png").exists() and (folder / "rejected.png").exists()
+    run("finetune", "--model", flux, "--pairs", folder, "--steps", 1, "--rank", 4, "--batch_size", 1, "--out", tmp_path / "a")
+
+
+def test_datasets_reads_the_pairs_as_an_imagefolder(curated, tmp_path):
+    datasets, (folder, _) = pytest.importorskip("datasets", reason="datasets is not installed"), curated
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    records = dsd.read_records(folder / "metadata.jsonl")
+    assert {"reference", "target"} <= set(rows.column_names) and rows["prompt"][:] == [r["prompt"] for r in records]
+    assert rows[0]["target"].convert("RGB").tobytes() == dsd.open_image(folder / records[0]["target_file_name"]).tobytes()
+
+
+def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curated, run):
+    folder, start = curated
+    for number, pair, verdict in ((0, 2, "yes"), (3, 0, "no")):
+        file = folder / "transcripts" / f"{number:06d}.json"
+        told = dsd.read_json(file)
+        told["pairs"][pair]["verdict"] = verdict
+        dsd.write_json(file, told)
+    run(*start)
+    records = dsd.read_records(folder / "metadata.jsonl")
+    assert [(r["reference_panel"], r["target_panel"]) for r in records if r["grid"] == 0] == [(0, 1), (1, 0), (0, 3), (3, 0)]
+    assert all(r["prompt"].startswith("caption") for r in records) and not [r for r in records if r["grid"] == 3]
+    assert dsd.read_json(folder / "summary.json")["yes"] == 6
+
+
+def test_panels_with_nothing_to_see_and_copies_are_set_aside_before_the_vlm_is_asked(tmp_path, run, monkeypatch):
+    grid = Image.new("RGB", (64, 64), "red")  # panels: one colour, a critter, the same critter, another one
+    for k, panel in ((1, critter(7, [1, 0, 0])), (2, critter(7, [1, 0, 0])), (3, critter(99, [5, 0, 3]))):
+        grid.paste(panel, (k % 2 * 32, k // 2 * 32))
+    grid.save(tmp_path / "000000.png")
+    dsd.write_json(tmp_path / "grids.jsonl", [{"file": "000000.png", "prompt": "a grid", "subject": "a critter",
+                                               "family": "subject", "rows": 2, "columns": 2}])
+    monkeypatch.setattr(curate, "load_vlm", lambda *args: (None, None))
+    monkeypatch.setattr(curate, "ask", scripted)
+    run("curate", "--grids", tmp_path, "--out", tmp_path / "pairs")
+    told = dsd.read_json(tmp_path / "pairs" / "transcripts" / "000000.json")["pairs"]
+    assert [(*r["panels"], r["verdict"]) for r in told] == [
+        (0, 1, "blank"), (0, 2, "blank"), (0, 3, "blank"), (1, 2, "copies"), (1, 3, "yes"), (2, 3, "no")]
+    summary = dsd.read_json(tmp_path / "pairs" / "summary.json")
+    assert (summary["blank"], summary["copies"], summary["yes"], summary["no"]) == (3, 1, 1, 1)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+def settings_of(picture):
+    with Image.open(picture) as image:
+        return json.loads(image.text["dsd"])
+
+
+def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportions(chain, flux, reference, tmp_path, run):
+    (tmp_path / "in").mkdir()
+    shutil.copy(reference, tmp_path / "in" / "a.png")
+    critter(5, [0, 0, 0]).save(tmp_path / "in" / "b.jpg")
+    for name in ("notes.txt", ".hidden.png"):
+        (tmp_path / "in" / name).write_text("no picture")
+    drawn = {}
+    for fit in ("crop", "pad"):
+        run("sample", "--model", flux, "--adapter", chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE, "--image", tmp_path / "in",
+            "--prompt", "a {name} in space", "--steps", 1, "--fit", fit, "--out", tmp_path / fit)
+        assert [settings_of(tmp_path / fit / f"{i:04d}.png")["text"] for i in (0, 1)] == ["a a in space", "a b in space"]
+        drawn[fit] = pictures(tmp_path / fit)
+    assert len(drawn["pad"]) == 3 and drawn["crop"]["0000.png"] != drawn["pad"]["0000.png"]
+    assert dsd.open_image(tmp_path / "crop" / "0001.png").tobytes() == dsd.open_image(tmp_path / "pad" / "0001.png").tobytes()
+
+
+def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(chain, flux, reference, tmp_path, run):
+    file = tmp_path / "adapter" / dsd.ADAPTER_FILE
+    tensors, config = load_file(chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE), {
+        "dsd": {"frames": 1, "width": 48, "height": 32, "image_guidance": 1.25, "text_guidance": 1.75}}
+    file.parent.mkdir()
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    run("sample", "--model", flux, "--adapter", file.parent, "--image", reference, "--prompt", "a critter", "--steps", 1,
+        "--text_guidance", 1, "--out", tmp_path / "out")
+    told, kept = settings_of(tmp_path / "out" / "0000.png"), dsd.read_json(tmp_path / "out" / "settings.json")
+    assert (told["image_guidance"], told["text_guidance"], kept["frames"]) == (1.25, 1, 1)
+    assert dsd.open_image(tmp_path / "out" / "0000.png").size == (48, 32)
+
+
+def test_sample_takes_the_released_layout(pipe, flux, reference, tmp_path, run):
+    state = {n: t.clone() for n, t in pipe.transformer.state_dict().items()}
+    state |= {"c_embedder.weight": .1 * torch.ones_like(state["x_embedder.weight"]),
+              "c_embedder.bias": torch.zeros_like(state["x_embedder.bias"])}
+    (tmp_path / "released" / "transformer").mkdir(parents=True)
+    q, width = "transformer_blocks.0.attn.to_q", state["x_embedder.bias"].shape[0]
+    state |= {f"{q}.lora_A.default.weight": torch.ones(2, width), f"{q}.lora_B.default.weight": torch.zeros(width, 2)}
+    save_file(state, tmp_path / "released" / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({f"transformer.{q}.lora_A.weight": torch.ones(2, width), f"transformer.{q}.lora_B.weight": torch.zeros(width, 2)},
+              tmp_path / "released" / dsd.ADAPTER_FILE)
+    run("sample", "--model", flux, "--adapter", tmp_path / "released", "--image", reference, "--prompt", "a {name} in space",
+        "--steps", 1, "--out", tmp_path / "out")
+    assert settings_of(tmp_path / "out" / "0000.png")["text"] == "a round horned critter in space"
+
+
+def test_sample_enhances_prompts_and_says_what_of_a_long_one_is_not_read(chain, vlm, reference, flux, tmp_path, run, monkeypatch):
+    draw = ["sample", "--model", flux, "--adapter", chain[0] / "runs" / "adapter", "--image", reference, "--prompt",
+            "a critter in space", "red " * 70 + "hat", "--steps", 1, "--enhance", vlm, "--out", tmp_path]
+    out, err = run(*draw)
+    told = settings_of(tmp_path / "0000.png")
+    assert told["prompt"] == "a critter in space" and told["text"].startswith("a critter in space, ")
+    assert f"{reference.as_posix()}: " in out and err.count("warning") == 1 and "red hat" in err
+    monkeypatch.setattr(curate, "load_vlm", None)  # what it saw was kept
+    (tmp_path / "0001.png").unlink()
+    run(*draw)
