@@ -1,31 +1,33 @@
 """What FLUX.1-dev costs in arithmetic and memory, computed without running it: no GPU, no weights, a minute.
 
-    python tests/computed.py                 # 512-pixel panels, rank 16, 64 and 512
+    python miniature/computed.py              # 512-pixel panels, rank 16, 64 and 512
 
 Tensors on the meta device have a size and no content: operations are counted and allocations added up as torch would make
 them. Three transformers of one or two blocks of each kind stand for the 19 and 38 of FLUX.1: both costs are linear in
 them. Not in these figures: CUDA itself (about half a GB), what the allocator wastes (a few percent).
 """
 
-import argparse
-import functools
 import sys
-import weakref
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import dsd  # noqa: E402; first: see its head
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import weakref  # noqa: E402
 
 import torch  # noqa: E402
-from diffusers import AutoencoderKL, FluxTransformer2DModel  # noqa: E402
-from diffusers.utils import logging  # noqa: E402
+from diffusers import FluxTransformer2DModel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import dsd  # noqa: E402
+import random_models  # noqa: E402
 
-logging.set_verbosity_error()  # of casting to bfloat16
 TYPE = torch.bfloat16
+BYTES = {"none": 2, "nf4": .516}  # a weight on a GPU; nf4: 4 bits, and 8 bits for each block of 64
+PARAMETERS = {"transformer": 11.9e9, "text encoders": 4.9e9}  # of FLUX.1
 
 
 class Memory(TorchDispatchMode):
@@ -99,15 +101,13 @@ def drawing(width, height, batch=1):
 
 
 def decoding(width, height):
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False).to(TYPE)
+    vae = random_models.make_vae(random_models.FLUX_1["vae"]).to(TYPE)
     with torch.no_grad():
         return costs(lambda: vae.decode(torch.randn(1, 16, height // 8, width // 8, dtype=TYPE))).tolist()
 
 
 def weights(kind, *parts):
-    return sum(dsd.FLUX_1[part] for part in parts) * dsd.BYTES[kind]
+    return sum(PARAMETERS[part] for part in parts) * BYTES[kind]
 
 
 def main():
@@ -115,10 +115,10 @@ def main():
     parser.add_argument("--panel", type=int, default=512, help="side of a panel in pixels")
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 64, 512])
     side, ranks = parser.parse_args().panel, parser.parse_args().rank
-    print("| one | TFLOP | GB, bfloat16 | GB, int8 | GB, nf4 |\n|---|---|---|---|---|")
+    print("| one | TFLOP | GB, bfloat16 | GB, nf4 |\n|---|---|---|---|")
 
     def line(name, operations, gb):
-        print(f"| {name} | {operations / 1e12:.1f} | " + " | ".join(f"{gb(kind) / 1e9:.1f}" for kind in ("none", "int8", "nf4")),
+        print(f"| {name} | {operations / 1e12:.1f} | " + " | ".join(f"{gb(kind) / 1e9:.1f}" for kind in BYTES),
               "|")
 
     with torch.device("meta"):
