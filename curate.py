@@ -1,8 +1,8 @@
 """Step 2 (paper section 3.2): a vision-language model keeps the pairs that show one and the same subject.
 
-The grids of step 1 are cut into panels and the panels into pairs. A vision-language model (VLM) is asked about each pair
-in a chain of thought: name the common subject, describe it in each image, compare part by part, then a one-word verdict.
-The targets of accepted pairs are captioned.
+The grids of step 1 are cut into panels, and the panels are paired. A vision-language model (VLM) is asked about each
+pair in a chain of thought: name the common subject, describe it in each image, compare part by part, then give a
+one-word verdict. The targets of accepted pairs are captioned.
 
     python curate.py                                                   # the miniature: seconds to minutes on a CPU
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8  # a real VLM on a GPU of 24 GB or more
@@ -97,9 +97,9 @@ WORD = r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)
 def parse(answer, tolerance=0):
     """(verdict, reason) of an answer: "yes", "no", "truncated", or "unparsable" unless all five steps stand in order.
 
-    * Strict on purpose: a model that skips a step has not compared, and a verdict before the comparison is a guess. What a
-    step says may span lines and carry marks of lists and headings. With a tolerance, a "no" becomes a "yes" if the
-    comparison names at most so many parts that differ."""
+    * Strict on purpose: a model that skips a step has not compared, and a verdict before the comparison is a guess.
+    What a step says may span lines and carry marks of lists and headings. With a tolerance, a "no" becomes a "yes" if
+    the comparison names at most this many differing parts."""
     if answer.endswith(TRUNCATED):
         return "truncated", "truncated: the answer reached --max_new_tokens"
     for start in "^", r"(?:^|(?<=[\s.;,]))":  # a line for each step, else several in one line
@@ -183,7 +183,7 @@ def is_done(batch, args):
 
 
 def curate_batch(batch, model, args):
-    """Write the panels and the transcripts of a batch {number: grid}, asking about grids that have no transcript yet."""
+    """Write the panels and the transcripts of a batch {number: grid}, asking about the pairs if one has none yet."""
     panels = {n: dsd.cut_grid(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
               for n, grid in batch.items()}
     for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
@@ -236,7 +236,7 @@ def parse_args():
     add("--caption", choices=["description", "instruction"], default="description", help="what the caption tells")
     add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most this many "
         "differing parts; 0 keeps the VLM's own verdict")
-    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs asked about at once; affects speed and memory only")
+    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs asked about at once; affects speed only")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
     add("--limit", type=dsd.at_least(1), help="use only the first grids, this many")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
@@ -251,7 +251,7 @@ def read_grids(args):
     records = dsd.read_records(args.grids / "grids.jsonl", "file", "prompt", "subject", "family")
     grids = dict(enumerate(list({record["file"]: record for record in records}.values())[:args.limit]))
     if not grids or not all(grid.get(name) in range(1, 9) for grid in grids.values() for name in ("rows", "columns")):
-        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns; run generate_grids.py again")
+        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns; make them again")
     return grids
 
 
@@ -277,8 +277,8 @@ def main():
     draw_sheet([r for r in records if r["verdict"] == "yes"], args, "accepted.png")
     draw_sheet([r for r in records if r["verdict"] != "yes"], args, "rejected.png")
     if not pairs:
-        raise dsd.DsdError(f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and transcripts/); make "
-                           "more or better grids, or try another --vlm or a higher --tolerance")
+        raise dsd.DsdError(f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and transcripts/); "
+                           "make more or better grids, or try another --vlm or a higher --tolerance")
     print(f"{summary['yes']} of {summary['asked']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
           f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}")
 

@@ -168,8 +168,8 @@ def add_lora(transformer, rank):
 
 
 def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
-    """One forward pass: tokens (B, N, 128), sigma (B,), text = (embeds (B, L, D), pooled (B, P)), ids (N, 3) -> velocity
-    (B, N, 64)."""
+    """One forward pass: tokens (B, N, 128), sigma (B,), text = (embeds (B, L, D), pooled (B, P)), ids (N, 3) -> the
+    velocity (B, N, 64)."""
     embeds, pooled = text
     config = getattr(transformer, "module", transformer).config  # training on several GPUs wraps the model
     guidance = torch.full_like(sigma, guidance_scale) if config.guidance_embeds else None
@@ -187,7 +187,7 @@ def encode_prompts(pipe, prompts):
 
 # ---- guidance and sampling -------------------------------------------------------------------------------------------
 def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
-    """The velocity at x, (B, N, 64), pushed from the unconditional one towards the reference and towards the prompt (R):
+    """The velocity at x (B, N, 64), pushed from the unconditional one towards the reference and towards the prompt (R):
     v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)).
 
     model(x, condition, text) -> v; condition (B, N, 64), whose null form is zeros (R); text: a tuple of tensors with B
@@ -350,7 +350,7 @@ def check_model(model, *sides):
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
-        vae, config = (FluxTransformer2DModel.load_config(model, subfolder=part) for part in ("vae", "transformer"))  # JSON
+        vae, config = (FluxTransformer2DModel.load_config(model, subfolder=part) for part in ("vae", "transformer"))
         if pipeline != "FluxPipeline" or config["in_channels"] != 64:
             raise ValueError(f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64")
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
@@ -389,7 +389,8 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
     check_here(name)
-    config = transformers.BitsAndBytesConfig(**NF4 | {"bnb_4bit_compute_dtype": weight_dtype()}) if quantize == "nf4" else None
+    nf4 = NF4 | {"bnb_4bit_compute_dtype": weight_dtype()}
+    config = transformers.BitsAndBytesConfig(**nf4) if quantize == "nf4" else None
     return cls.from_pretrained(name, dtype=weight_dtype(), use_safetensors=True, device_map=str(PartialState().device),
                                quantization_config=config).eval()
 
@@ -439,7 +440,8 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(own, dict):
             raise DsdError(f"dsd.json: \"{step}\" must be an object; restore the model's folder")
         more = own | more
-        self.set_defaults(**{name: str(v) if type(v) in (int, float) else v for name, v in more.items()})  # as text they are checked like flags
+        texts = {name: str(value) for name, value in more.items() if type(value) in (int, float)}  # checked like flags
+        self.set_defaults(**more | texts)
         args = self.parse_args()
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")

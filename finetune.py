@@ -124,7 +124,8 @@ def batch_losses(model, batch, args):
     x_0, eps, sigma, condition, *text = batch
     h, w = args.latent_size  # of the canvas
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
-    v_pred = dsd.run_transformer(model, tokens, sigma, text, dsd.position_ids(h, w).to(tokens.device), args.guidance_scale)
+    ids = dsd.position_ids(h, w).to(tokens.device)
+    v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, args.guidance_scale)
     return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
 
 
@@ -358,8 +359,8 @@ def main():
         if seconds or not summary.exists():  # a run that had finished keeps its own
             dsd.write_json(summary, {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log),
                                      "seconds_per_step": seconds})
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps, {dsd.read_json(summary)['seconds_per_step']:.2f} "
-              f"s a step, {dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps, "
+              f"{dsd.read_json(summary)['seconds_per_step']:.2f} s a step, {dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
 
 
