@@ -360,7 +360,8 @@ def main():
             dsd.write_json(summary, {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log),
                                      "seconds_per_step": seconds})
         print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps, "
-              f"{dsd.read_json(summary)['seconds_per_step']:.2f} s a step, {dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+              f"{dsd.read_json(summary)['seconds_per_step']:.2f} s a step, {dsd.memory_in_use()}; "
+              f"look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
 
 
