@@ -268,11 +268,12 @@ def evaluate(rows, args, **more):
         range(args.count or 16), args.contexts, args.seed, args.width)
     weights = [file for folder in (args.model, args.vlm, args.judge) for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
-    lock = dsd.open_out(
-        args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
-        weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
-        judge=dsd.name_of(args.judge), **more,
-        adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
+    with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder
+        lock = dsd.open_out(
+            args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
+            weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
+            judge=dsd.name_of(args.judge), **more,
+            adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
     judge = None if args.folder else exams.Judge(args.judge)
     args.scorer, records = (judge, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:

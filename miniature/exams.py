@@ -105,7 +105,7 @@ def world_cases(numbers, prompts, seed, size):
 
 def folder_cases(args):
     """The cases of --folder. Files that systems and editors add (`._00.jpg`, `__MACOSX/`) are left out."""
-    files = [file for file in sorted((args.folder / "images").rglob("*")) if file.suffix.lower() in sample.PICTURES
+    files = [file for file in sorted((args.folder / "images").rglob("*")) if file.suffix.lower() in sample.SUFFIXES
              and not any(part.startswith((".", "__")) for part in file.relative_to(args.folder).parts)]
     if not files:
         raise dsd.DsdError(f"no pictures below {args.folder / 'images'}; --folder wants the layout of DreamBench++")
@@ -121,7 +121,7 @@ def folder_cases(args):
         image, subject = dsd.fit_image(dsd.open_image(file), args.width, args.height), lines[0]
         for k, prompt in enumerate(lines[1:][:args.contexts]):
             sheet = f"two images of the identical {subject} side by side: left a {subject}, right {prompt}"
-            cases.append(exams.Case(number, image, subject, prompt, sheet, (args.seed * 1_000_003 + number) * 64 + k))
+            cases.append(Case(number, image, subject, prompt, sheet, (args.seed * 1_000_003 + number) * 64 + k))
     return cases
 
 
