@@ -130,9 +130,8 @@ def llm_prompts(args):
                 model = model or load_llm(args)
                 dsd.write_json(file, {"answer": ask_llm(*model, int(file.stem), args.seed)})
         state.wait_for_everyone()
-        found = filter(None, (parse_llm(dsd.read_json(file)["answer"]) for file in files))
-        grids |= {subject.lower(): grid_prompt(args.grammar, "subject", subject, "", phrases)
-                  for subject, phrases in found if subject.lower() not in grids}
+        for subject, phrases in filter(None, (parse_llm(dsd.read_json(file)["answer"]) for file in files)):
+            grids.setdefault(subject.lower(), grid_prompt(args.grammar, "subject", subject, "", phrases))  # the first one
         asked += len(files)
     return list(grids.values())[:args.count]
 
