@@ -1,53 +1,35 @@
-"""evaluate.py: metrics on hand-made verdicts, the cases, resumption, each kind of row at tiny settings."""
+"""evaluate.py and miniature/ablations.py: marks and intervals of hand-made answers, cases, every row, resumption."""
 
-import importlib
-import json
+import dsd  # first: see its head
+
+import argparse
 import math
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, critter, give_random_weights, noise_image, run_script
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from conftest import ROOT, critter, noise_image, run_script
+from diffusers import FluxPipeline
+from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file
 
 import curate
-import dsd
 import evaluate
-import models
-from miniature import exams, world
+import finetune
+from miniature import ablations, exams, world
 
-SETTINGS = {"width": 32, "height": 32, "steps": 2, "guidance_scale": 1.0, "true_cfg_scale": 1.0, "shift": 3.0,
-            "panel_prompt_tokens": 24, "sheet_prompt_tokens": 40}
 TINY = ["--references", 2, "--prompts", 1, "--steps", 2]
-
-
-@pytest.fixture(scope="session")
-def judge(tmp_path_factory):
-    """A judge folder: the miniature's if it is there, else random weights in the same form."""
-    if (ROOT / "miniature" / "judge" / "model.safetensors").exists():
-        return ROOT / "miniature" / "judge"
-    folder = tmp_path_factory.mktemp("models") / "judge"
-    torch.manual_seed(0)
-    models.make_judge().half().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter(flux, tmp_path_factory):
-    """An adapter of random weights that fits the model."""
-    folder = tmp_path_factory.mktemp("adapter")
-    transformer = FluxTransformer2DModel.from_pretrained(flux, subfolder="transformer", dtype=torch.float32)
-    dsd.save_adapter(give_random_weights(dsd.add_lora(dsd.widen(transformer), rank=2)), folder)
-    return folder
+SMALL = argparse.Namespace(width=32, height=32, steps=2, guidance_scale=1.0, true_cfg_scale=2.0, shift=3.0, contexts=1,
+                           prompt_tokens=[24, 40], learning_rate=2e-3)
+JUDGE = ROOT / "miniature" / "judge"
 
 
 @pytest.fixture
-def quick_vlm(monkeypatch):
-    """A VLM that always says the same, at once; returns the list of what it was asked."""
+def asked(monkeypatch):
+    """A VLM that always says the same, at once; the list of what it was asked."""
     asked = []
 
     def ask(model, processor, cases, questions, batch_size, max_new_tokens):
@@ -55,58 +37,61 @@ def quick_vlm(monkeypatch):
         return ["image: a critter\nscore: 3"] * len(cases)
 
     monkeypatch.setattr(curate, "ask", ask)
-    monkeypatch.setattr(curate, "load_vlm", lambda name: (None, None))
+    monkeypatch.setattr(curate, "load_vlm", lambda name, quantize: (None, None))
     return asked
 
 
 @pytest.fixture
-def run(call, flux, judge, vlm, adapter):
-    """run(out, *args): evaluate.py in this process at tiny settings."""
-    def run(out, *args, code=0):
-        done, said, err = call(evaluate, "--model", flux, "--judge", judge, "--vlm", vlm, "--adapter", adapter, *TINY,
-                               "--out", out, *args)
+def run(call):
+    """run(out, *args): evaluate.py, or another script, in this process at tiny settings -> what it said."""
+    def run(out, *args, code=0, script=evaluate):
+        done, said, err = call(script, *TINY, "--out", out, *args)
         assert done == code, err[-2000:]
-        return said if code == 0 else err
+        assert code != 2 or err.strip().splitlines()[-1].startswith("error: ")
+        return said + err
     return run
 
 
-def files(folder, leave_out=("seconds.jsonl", "table.md")):
-    """What a run wrote, {path: bytes}, but for measured times."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name not in leave_out}
+def results(folder):
+    """The pictures and scores of a run, {path: contents}, but for measured times."""
+    return {str(path.relative_to(folder)): dsd.read_json(path) | {"seconds": 0} if path.suffix == ".json" else
+            path.read_bytes() for path in (folder / "rows").glob("*/*")}
 
 
-def case(**changes):
-    """A case of hand-made truth: the reference is on the beach at noon with nothing, asked is space at noon with a hat."""
-    identity = {"shape": "round", "ears": "horned", "colour": "red", "tone": "vivid", "second": "blue", "pattern": "dots",
-                "eyes": "two"}
-    asked = {"scene": "in space", "accessory": "with a hat", "light": "at noon"}
-    shown = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
-    return exams.Case(**{"reference": 0, "image": critter(10, [1, 0, 0]), "subject": "round horned critter",
-                             "prompt": "a round horned critter in space", "reference_prompt": "", "sheet_prompt": "",
-                             "class_prompts": [], "seed": 0, "identity": identity, "context": asked, "shown": shown} | changes)
+# ---- marks and intervals ---------------------------------------------------------------------------------------------
+IDENTITY = {"shape": "round", "ears": "horned", "colour": "red", "tone": "vivid", "second": "blue", "pattern": "dots",
+            "eyes": "two"}
+ASKED = {"scene": "in space", "accessory": "with a hat", "light": "at noon"}
+SHOWN = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
-def test_scores_of_hand_made_verdicts():
-    c = case()
-    perfect = exams.marks(c, c.identity | c.context)
-    assert {perfect[k] for k in ("cp", "all_kept", "pf", "cp_pf", "pf_new", "cp_pf_new")} == {1.0}
-    copied = exams.marks(c, c.identity | c.shown)
-    assert (copied["cp"], copied["all_kept"], copied["pf_new"], copied["cp_pf_new"]) == (1, 1, 0, 0)
-    assert copied["pf"] == copied["cp_pf"] == pytest.approx(1 / 3)  # the light was asked for and is the reference's
-    mixed = exams.marks(c, c.identity | c.context | {"eyes": "one", "scene": "in a cave"})
-    assert (mixed["all_kept"], mixed["eyes_as_wanted"], mixed["scene_as_wanted"], mixed["light_as_wanted"]) == (0, 0, 0, 1)
-    assert mixed["cp"] == pytest.approx(6 / 7) and mixed["pf"] == pytest.approx(2 / 3) and mixed["pf_new"] == 1 / 2
-    assert mixed["cp_pf"] == pytest.approx(6 / 7 * 2 / 3) and mixed["cp_pf_new"] == pytest.approx(6 / 7 / 2)
+@pytest.mark.parametrize("seen, cp, all_kept, pf, pf_new", [
+    (ASKED, 1, 1, 1, 1),
+    (SHOWN, 1, 1, 1 / 3, 0),  # a copy: the light was asked for and is the reference's
+    (ASKED | {"eyes": "one", "scene": "in a cave"}, 6 / 7, 0, 2 / 3, 1 / 2)])
+def test_marks_of_hand_made_verdicts(seen, cp, all_kept, pf, pf_new):
+    marks = exams.marks(SimpleNamespace(identity=IDENTITY, context=ASKED, shown=SHOWN), IDENTITY | seen)
+    assert [marks[name] for name in ("cp", "all_kept", "pf", "pf_new", "cp_pf", "cp_pf_new")] == pytest.approx(
+        [cp, all_kept, pf, pf_new, cp * pf, cp * pf_new])
+    assert marks["eyes_as_wanted"] == ("eyes" not in seen) and marks["scene_as_wanted"] == (seen["scene"] == "in space")
+
+
+@pytest.mark.parametrize("answer, score", [
+    ("compare: same\nscore: 3", 3), ("**Score**: 4/4", 4), ("score: 0 to 4? I say score: 1.", 1), ("Score (0-4): 3", 3),
+    ("score: 3.0", 3), ("Rating: 3", 3), ("__Score:__ **2**", 2), ("The score is 3", 3), ("score (3)", 3),
+    ("score: 3.0/4.0", 3),
+    ("score: 5", None), ("score: 10", None), ("score: 3.5", None), ("", None), ("four of four", None),
+    ("illustrating 3 foxes", None), (f"score: 2 if {curate.TRUNCATED}", None)])
+def test_parse_score(answer, score):
+    assert exams.parse_score(answer) == (None if score is None else score / 4)
 
 
 def test_bootstrap_interval_of_known_data():
-    assert evaluate.bootstrap([0.25] * 12, list(range(12))) == [0.25] * 3
+    assert evaluate.bootstrap([0.25] * 12, range(12)) == [0.25] * 3
     assert evaluate.bootstrap([], []) is evaluate.bootstrap([None], [0]) is None
     coins = [k % 2 for k in range(400)]
     mean, low, high = evaluate.bootstrap(coins, range(400))
-    assert mean == 0.5 and low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and high == pytest.approx(1 - low, abs=0.01)
+    assert [mean, low, high] == pytest.approx([0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.01)
     # four equal pictures of each reference tell no more than one: twice the interval of independent ones
     _, wide_low, wide_high = evaluate.bootstrap(coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)])
     assert wide_high - wide_low == pytest.approx(2 ** .5 * (high - low), rel=0.15)
@@ -114,276 +99,223 @@ def test_bootstrap_interval_of_known_data():
     assert evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75  # of pictures, not of references
 
 
-def test_difference_is_taken_on_common_subject_cases_only():
-    record = lambda n, value, kind="subject": {"reference": n, "kind": kind, "cp_pf": value}  # noqa: E731
+def test_summary_averages_each_kind_counts_missing_scores_and_compares_with_dsd_case_by_case():
+    def record(reference, value, kind="subject", **more):
+        return {"reference": reference, "kind": kind, "cp_pf": value, "answers": {"vlm_cp": "score: 3"}} | more
     ours = [record(0, 1.0), record(0, 0.0, "relight"), record(1, 0.5), record(2, 0.0)]
-    theirs = [record(0, 0.5), record(0, 1.0, "relight"), record(1, None)]
-    assert evaluate.difference(ours, theirs, "cp_pf") == [0.5] * 3
-    assert evaluate.difference(ours, ours, "cp_pf") == [0.0] * 3
-
-
-def test_summary_averages_each_kind_and_counts_missing_scores():
-    records = [{"case": 0, "reference": 0, "kind": "subject", "cp": 1.0, "vlm_cp": None, "answers": {"vlm_cp": "?"}},
-               {"case": 1, "reference": 1, "kind": "subject", "cp": 0.0, "vlm_cp": 0.75, "answers": {"vlm_cp": "score: 3"}},
-               {"case": 2, "reference": 1, "kind": "relight", "cp": 0.5, "vlm_cp": 0.5, "pose": 0.9, "answers": {}}]
-    summary = evaluate.summarise(records)
-    assert summary["subject"]["cp"][0] == 0.5 and summary["subject"]["vlm_cp"] == [0.75] * 3
-    assert (summary["subject"]["n"], summary["subject"]["unscored"], summary["relight"]["pose"][0]) == (2, 1, 0.9)
-
-
-@pytest.mark.parametrize("answer, score", [
-    ("compare: same\nscore: 3", 0.75), ("**Score**: 4/4", 1.0), ("score: 0 to 4? I say score: 1.", 0.25),
-    ("score: 5", None), ("score: 10", None), ("score: 3.5", None), ("", None), ("four of four", None)])
-def test_parse_score(answer, score):
-    assert evaluate.parse_score(answer) == score
+    theirs = [record(0, 0.5, answers={"vlm_cp": "?"}), record(0, 1.0, "relight", pose=0.9), record(1, None)]
+    summary = evaluate.summarise(theirs, ours)
+    assert summary["subject"]["dsd_minus"] == [0.5] * 3 and summary["relight"]["pose"] == [0.9] * 3
+    assert (summary["subject"]["n"], summary["subject"]["unscored"], summary["relight"]["unscored"]) == (2, 1, 0)
+    assert evaluate.summarise(ours, ours)["subject"]["dsd_minus"] == [0.0] * 3
 
 
 def test_pose_kept_sees_the_pose_and_not_the_light():
-    there = exams.world_cases(range(12), 1, 0, 32)
-    for relit in (c for c in there if c.kind == "relight"):
-        assert exams.pose_kept(relit.truth, relit.truth) == 1
-        dim = Image.eval(relit.truth, lambda v: round(0.5 * v + 20))
-        assert exams.pose_kept(dim, relit.truth) == pytest.approx(1, abs=2e-3)
-        moved = Image.new("RGB", (32, 32))
-        moved.paste(relit.truth, (9, 6))
-        assert exams.pose_kept(relit.image, relit.truth) > 0.6 > exams.pose_kept(moved, relit.truth)
-    assert exams.pose_kept(Image.eval(there[0].truth, lambda v: 255 - v), there[0].truth) == 0
-    assert exams.pose_kept(Image.new("RGB", (32, 32)), there[0].truth) == 0
-    assert exams.pose_kept(noise_image(32, 32), there[0].truth) < 0.3
+    relit = exams.world_cases([0], 1, 0, 32)[1]
+    dim, moved = Image.eval(relit.truth, lambda v: round(0.5 * v + 20)), Image.new("RGB", (32, 32))
+    moved.paste(relit.truth, (9, 6))
+    assert exams.pose_kept(relit.truth, relit.truth) == 1 == pytest.approx(exams.pose_kept(dim, relit.truth), abs=2e-3)
+    assert exams.pose_kept(relit.image, relit.truth) > 0.6 > exams.pose_kept(moved, relit.truth)
+    for other in (Image.eval(relit.truth, lambda v: 255 - v), Image.new("RGB", (32, 32)), noise_image(32, 32)):
+        assert exams.pose_kept(other, relit.truth) < 0.3
 
 
-def test_the_judge_takes_the_best_label_of_each_attribute(judge):
-    seen = exams.Judge(judge)
-    assert {name: [v for _, v in block] for name, block in seen.labels.items()} == {
-        name: [v or "nothing" for v in values] for name, values in (world.IDENTITY | world.CONTEXT).items()}
-    wanted = {name: values[-1] or "nothing" for name, values in (world.IDENTITY | world.CONTEXT).items()}
-    logits = torch.zeros(2, 53)
+def test_the_judge_takes_the_best_label_of_each_attribute():
+    seen, two = exams.Judge(JUDGE), [critter(10, [0, 0, 0])] * 2
+    wanted = {name: block[-1][1] for name, block in seen.labels.items()}
+    assert set(wanted) >= {*world.IDENTITY, *world.CONTEXT}
+    logits = torch.zeros(2, len(seen.model.config.id2label))
     for name, block in seen.labels.items():  # a large logit of one attribute must not win in another
         logits[1, [number for number, value in block if value == wanted[name]]] = 1 + 100 * (name == "colour")
-    assert [set(s) for s in seen([critter(10, [0, 0, 0])] * 2)] == [set(wanted)] * 2  # its weights may be float16
-    seen.model = type("Fixed", (), {"device": "cpu", "__call__": lambda self, pixel_values: SimpleNamespace(logits=logits)})()
-    first, second = seen([critter(10, [0, 0, 0])] * 2)
+    assert [set(s) for s in seen(two)] == [set(wanted)] * 2  # its weights may be float16
+    seen.model = type("Fixed", (), {"device": "cpu", "__call__": lambda *_, **__: SimpleNamespace(logits=logits)})()
+    first, second = seen(two)
     assert second == wanted and first == {name: block[0][1] for name, block in seen.labels.items()}
-    assert seen.sureness([critter(10, [0, 0, 0])] * 2).tolist() == pytest.approx([1 / 8, math.e / (math.e + 7)])  # of 8 values
+    assert seen.sureness(two).tolist() == pytest.approx([1 / 8, math.e / (math.e + 7)])  # of 8 values
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 def test_every_rendered_reference_is_held_out(monkeypatch):
     seen = []
-
-    def watch(identity, context, pose, size):
-        seen.extend(identity.tolist())
-        return torch.zeros(len(identity), 3, size, size)
-
-    monkeypatch.setattr(world, "render", watch)
-    cases = exams.world_cases([*range(75), *range(evaluate.SEARCH, evaluate.SEARCH + 8)], 4, 0, 32)
-    assert len(cases) == 83 * 5 and sum(c.kind == "subject" for c in cases) >= 300
-    assert world.is_held_out(world.identity_number(torch.tensor(seen))).all() and len(seen) == 83 * 6
-    values = [[world.IDENTITY[name].index(c.identity[name]) for name in world.IDENTITY] for c in cases]
-    assert world.is_held_out(world.identity_number(torch.tensor(values))).all()
+    monkeypatch.setattr(world, "render", lambda identity, context, pose, size: seen.extend(identity.tolist())
+                        or torch.zeros(len(identity), 3, size, size))
+    cases = exams.world_cases([*range(75), *ablations.SEARCH], 4, 0, 32)
+    assert len(cases) == 83 * 5 and len(seen) == 83 * 6 and sum(case.kind == "subject" for case in cases) == 83 * 4
+    values = [[world.IDENTITY[name].index(case.identity[name]) for name in world.IDENTITY] for case in cases]
+    assert world.is_held_out(world.identity_number(torch.tensor(seen + values))).all()
 
 
 def test_cases_ask_for_new_scenes_or_for_another_light_only():
     cases = exams.world_cases(range(6), 3, 0, 32)
-    for c in cases:
-        if c.kind == "subject":
-            assert c.context["scene"] != c.shown["scene"]
-        else:
-            assert [c.context[k] == c.shown[k] for k in ("scene", "accessory", "light")] == [True, True, False]
-            assert c.sheet_prompt.startswith("2 images representing the same scene")
-        assert c.subject in c.prompt and c.subject in c.reference_prompt and c.context["scene"] in c.prompt
-        assert all(v in c.prompt for v in c.context.values() if v != "nothing")
-    assert len({c.seed for c in cases}) == len(cases)
-    few = exams.world_cases(range(2), 3, 0, 32)
-    assert [(c.prompt, c.seed, c.truth.tobytes()) for c in few] == [(c.prompt, c.seed, c.truth.tobytes()) for c in cases[:8]]
-    assert few[0].prompt != exams.world_cases(range(2), 3, 1, 32)[0].prompt
+    for case in cases:
+        same = [case.context[name] == case.shown[name] for name in ("scene", "accessory", "light")]
+        assert not same[0] if case.kind == "subject" else same == [True, True, False]
+        assert case.sheet_prompt.startswith("2 images representing the same scene") == (case.kind == "relight")
+        assert case.subject in case.prompt and case.subject in case.reference_prompt
+        assert all(v in case.prompt for v in case.context.values() if v != "nothing")
+    assert len({case.seed for case in cases}) == len(cases)
+    few, more = ([(case.prompt, case.seed, case.truth.tobytes()) for case in some]
+                 for some in (exams.world_cases(range(2), 3, 0, 32), cases))
+    assert few == more[:8]  # more references do not change the first
+    assert cases[0].prompt != exams.world_cases(range(1), 3, 1, 32)[0].prompt
 
 
 def make_benchmark(folder):
-    """A small folder in DreamBench++'s layout: two subjects, two prompts each."""
+    """A small folder in DreamBench++'s layout: two subjects, two prompts each, and what systems and editors add."""
     for path, subject in (("live_subject/animal/00", "kitten"), ("object/03", "red mug")):
         for kind in ("images", "captions"):
             (folder / kind / path).parent.mkdir(parents=True, exist_ok=True)
         noise_image(48, 40, len(subject)).save(folder / "images" / f"{path}.jpg")
-        (folder / "captions" / f"{path}.txt").write_text(f"{subject}\na {subject} on the beach\n\na {subject} in space\n")
+        text = f"{subject}\na {subject} on the beach\n\na {subject} in space\n"
+        (folder / "captions" / f"{path}.txt").write_text(text, encoding="utf-8-sig")  # with a byte-order mark
+    for path in ("object/._03.jpg", "object/.ipynb_checkpoints/03-checkpoint.png", "__MACOSX/object/03.jpg"):
+        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / path).write_bytes(b"no picture")
     return folder
 
 
-def test_a_dreambench_folder_with_the_vlm_as_judge(tmp_path, run, quick_vlm):
+def test_a_dreambench_folder_with_the_vlm_as_judge(tmp_path, run, asked):
     folder = make_benchmark(tmp_path / "bench")
-    said = run(tmp_path / "out", "--folder", folder, "--judge", "nowhere")
-    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
-    assert set(rows) == {"prompt alone", "reference copied", "SDEdit 0.5", "in-context inpainting", "DSD"}
-    for row in rows.values():
-        assert row["cases"]["prompt"] == ["a kitten on the beach", "a kitten in space", "a red mug on the beach",
-                                                       "a red mug in space"]
-        assert row["subject"]["vlm_cp"][0] == 0.75 and row["subject"]["vlm_cp_pf"][0] == 0.75 ** 2
-        assert row["subject"]["vlm_cp_pf_new"][0] == 0.75 ** 2 and "cp" not in row["subject"]
-    images, question = quick_vlm[-1]
-    assert len(images) == 2 and "a red mug in space" in question and "copies" in question
-    assert {len(images) for images, question in quick_vlm if question == evaluate.SUBJECT_CRITERIA} == {2}
-    assert "VLM de-biased" in said and "relit" not in said and (tmp_path / "out" / "scatter.png").exists()
+    said = run(tmp_path / "out", "--folder", folder, "--judge", "nowhere", "--prompts", 2)
+    summary = dsd.read_json(tmp_path / "out" / "scores.json")
+    assert list(summary) == ["prompt alone", "reference copied", "SDEdit 0.5", "in-context inpainting", "DSD"]
+    assert "VLM de-biased" in said and "relit" not in said and "warning" not in said
+    for name, kinds in summary.items():
+        assert [dsd.read_json(tmp_path / "out" / "rows" / name / f"000{k}.json")["prompt"] for k in range(4)] == [
+            "a kitten on the beach", "a kitten in space", "a red mug on the beach", "a red mug in space"]
+        assert kinds["subject"]["vlm_cp"][0] == 0.75 and "cp" not in kinds["subject"]
+        assert kinds["subject"]["vlm_cp_pf"][0] == kinds["subject"]["vlm_cp_pf_new"][0] == 0.75 ** 2
+    assert len(asked[-1][0]) == 2 and "a red mug in space" in asked[-1][1] and "copies" in asked[-1][1]
+    assert {len(images) for images, question in asked if question == exams.SUBJECT_CRITERIA} == {2}
 
 
-def test_a_folder_without_captions_or_pictures_is_answered(tmp_path, run, quick_vlm):
-    folder = make_benchmark(tmp_path / "bench")
-    (folder / "captions" / "object" / "03.txt").unlink()
-    assert "03.txt: wanted the subject's name" in run(tmp_path / "out", "--folder", folder, code=2)
-    assert "no pictures below" in run(tmp_path / "out", "--folder", tmp_path / "captions", code=2)
+@pytest.mark.parametrize("file, contents, prompts, message", [
+    ("captions/object/03.txt", b"", 1, "subject's name"), ("captions/object/03.txt", b"mug", 1, "at least 1 prompt"),
+    ("captions/object/03.txt", b"mug\na mug\n", 2, "at least 2 prompts"), ("captions/object", None, 1, "not a text"),
+    ("captions/object/03.txt", b"\xff\xfe\x00", 1, "UTF-8"), ("images/object/03.jpg", b"text", 1, "not an image"),
+    ("images", None, 1, "no pictures below"), ("images/object/03.png", 8, 1, "share the caption")])
+def test_bad_folders_are_answered_in_one_line(tmp_path, run, asked, file, contents, prompts, message):
+    path = make_benchmark(tmp_path / "bench") / file
+    if contents is None:
+        shutil.rmtree(path)
+    elif contents == 8:
+        noise_image(8, 8).save(path)
+    else:
+        path.write_bytes(contents)
+    flags = ["--folder", tmp_path / "bench", "--rows", "reference copied", "--references", 5, "--prompts", prompts]
+    assert message in run(tmp_path / "out", *flags, code=0 if contents == 8 else 2)
+    assert len(list((tmp_path / "out").rglob("rows/*/*.png"))) == (3 if contents == 8 else 0)
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (evaluate, ["--rows", "nothing"], "no row or group is called nothing; there are: bounds"),
+    (evaluate, ["--references", 0], "at least 1"), (evaluate, ["--judge", "nowhere"], "no judge at nowhere"),
+    (evaluate, ["--adapter", "nowhere"], "no adapter"), (evaluate, ["--prompts", 90], "reference 0 has only"),
+    (evaluate, ["--strengths", 0], "invalid choice"), (evaluate, ["--width", 33], "multiples of"),
+    (ablations, ["--rows", "DSD, LoRA rank 4", "--pairs", "nowhere"], "no nowhere/metadata.jsonl"),
+    (ablations, ["--folder", "x"], "for the miniature")])
+def test_mistakes_are_answered_in_one_line(tmp_path, run, asked, script, flags, message):
+    assert message in run(tmp_path / "out", *flags, code=2, script=script)
+    assert not (tmp_path / "out" / "rows").exists()
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-def test_quick_run_as_a_user_starts_it(tmp_path, flux, judge, vlm, adapter):
-    out, _ = run_script("evaluate.py", "--model", flux, "--judge", judge, "--vlm", vlm, "--adapter", adapter, *TINY,
-                        cwd=tmp_path)
+def test_quick_run_as_a_user_starts_it(tmp_path):
+    out, _ = run_script("evaluate.py", *TINY, "--references", 1, cwd=tmp_path)
     folder = tmp_path / "runs" / "evaluate"
-    rows = json.loads((folder / "scores.json").read_text())["rows"]
+    summary, table = dsd.read_json(folder / "scores.json"), (folder / "table.md").read_text()
     names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.5", "in-context inpainting", "DSD"]
-    assert list(rows) == names and all(f"| {name} |" in out for name in names)
-    for name, row in rows.items():
-        cases = row["cases"]
-        assert (row["subject"]["n"], row["relight"]["n"], len(cases["prompt"])) == (2, 2, 4)
-        assert all(0 <= v <= 1 for k in ("cp", "pf", "cp_pf", "all_kept", "pf_new", "eyes_as_wanted") for v in cases[k])
-        assert [v is None for v in cases["pose"]] == [True, False] * 2
-        pictures = sorted((folder / "rows" / name.lower().replace(" ", "-")).glob("*.png"))
-        assert [Image.open(p).size for p in pictures] == [(32, 32)] * 4
-    assert rows["true rendering"]["relight"]["pose"] == [1.0] * 3
-    assert rows["DSD"]["subject"]["dsd_minus"] == [0.0] * 3
-    assert "DSD minus this row" in (folder / "table.md").read_text()
-    assert Image.open(folder / "scatter.png").size[0] > 300 and Image.open(folder / "contact_sheet.png").size[1] > 7 * 128
+    assert list(summary) == names and table.strip() in out and "DSD minus this row" in table
+    for name in names:
+        subject, relight = (dsd.read_json(folder / "rows" / name / f"000{k}.json") for k in range(2))
+        assert f"| {name} | 1 |" in table and "pose" in relight and "pose" not in subject
+        assert all(0 <= record[key] <= 1 for record in (subject, relight) for key in ("cp", "pf", "cp_pf", "pf_new"))
+        assert Image.open(folder / "rows" / name / "0001.png").size == (32, 32)
+    assert summary["true rendering"]["relight"]["pose"] == summary["true rendering"]["subject"]["pf"] == [1.0] * 3
+    assert summary["DSD"]["subject"]["dsd_minus"] == [0.0] * 3
+    assert Image.open(folder / "scatter.png").width > 300 and Image.open(folder / "contact_sheet.png").height > 7 * 128
 
 
-def test_interrupted_and_started_again_it_writes_the_same_files(tmp_path, run, quick_vlm, monkeypatch):
-    rows = ["--rows", "prompt", "SDEdit", "copied"]
+def test_interrupted_and_started_again_it_makes_the_same_files_and_nothing_twice(tmp_path, run, asked, monkeypatch):
+    rows, drawn, teacher, write = ["--rows", "zero-shot"], [], evaluate.teacher, dsd.write_json
+    monkeypatch.setattr(evaluate, "teacher", lambda *args, **more: drawn.append(len(args[1])) or teacher(*args, **more))
     run(tmp_path / "whole", *rows)
-    whole, drawn, append = files(tmp_path / "whole"), len(quick_vlm), dsd.append_records
+    whole, pictures, questions = results(tmp_path / "whole"), sum(drawn), len(asked)
 
-    def dies(path, records):
-        if path.parent.name == "sdedit-0.5" and path.name == "scores.jsonl":
-            path.write_text(json.dumps(records[0], ensure_ascii=False) + "\n" + json.dumps(records[1])[:40])  # torn
+    def dies(path, value):
+        if path.name == "0002.json":
             raise KeyboardInterrupt
-        append(path, records)
+        write(path, value)
 
-    monkeypatch.setattr(dsd, "append_records", dies)
-    run(tmp_path / "torn", *rows, code=130)
-    monkeypatch.setattr(dsd, "append_records", append)
+    monkeypatch.setattr(dsd, "write_json", dies)
+    run(tmp_path / "torn", *rows, code="\nstopped; the same command goes on from here")
+    monkeypatch.setattr(dsd, "write_json", write)
     run(tmp_path / "torn", *rows)
-    assert files(tmp_path / "torn") == whole
-    asked = len(quick_vlm)
+    assert results(tmp_path / "torn") == whole and sum(drawn) == 2 * pictures  # scored again, not drawn again
     run(tmp_path / "torn", *rows)
-    assert len(quick_vlm) == asked and files(tmp_path / "torn") == whole  # nothing is drawn or scored twice
-    assert drawn * 2 < asked < drawn * 3
+    assert results(tmp_path / "torn") == whole and len(asked) == 2 * questions + 8
     run(tmp_path / "torn", *rows, "--references", 3)
-    longer = dsd.read_records(tmp_path / "torn" / "rows" / "sdedit-0.5" / "scores.jsonl")
-    assert len(longer) == 6 and len(quick_vlm) == asked + drawn // 2
+    assert whole == {path: results(tmp_path / "torn")[path] for path in whole}  # the first cases are the same
+    with FileLock(tmp_path / "torn" / ".lock"):
+        assert "in use by another process" in run(tmp_path / "torn", *rows, code=2)
+    assert "holds another run" in run(tmp_path / "torn", *rows, "--seed", 1, code=2)
 
 
-def test_a_rows_whole_name_means_that_row_and_a_part_all_that_contain_it():
-    def chosen(*words):
-        return [row.name for row in evaluate.choose_rows(SimpleNamespace(full=True, folder=None, rows=words), None)]
-
-    assert chosen("dsd") == ["DSD"] and chosen("SDEdit 0.5", "true") == ["true rendering", "SDEdit 0.5"]
-    assert len(chosen("sdedit")) == len(evaluate.STRENGTHS) and len(chosen("DSD,")) == len(evaluate.GUIDANCE) + 1
-    assert chosen("tuning")[-1] == "DreamBooth-LoRA" and len(chosen("tuning")) > 1  # with the search that it needs
-
-
-def test_a_row_drawn_with_other_settings_is_not_taken(tmp_path, run, quick_vlm):
-    run(tmp_path / "out", "--rows", "copied")
-    assert "holds another run" in run(tmp_path / "out", "--rows", "copied", "--seed", 1, code=2)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--rows", "nothing"], "no row is called nothing"), (["--references", 0], "at least 1"),
-    (["--judge", "nowhere"], "no judge at nowhere"), (["--rows", "DSD", "--adapter", "nowhere"], "no adapter"),
-    (["--full", "--rows", "rank 4", "--pairs", "nowhere"], "no nowhere/metadata.jsonl")])
-def test_mistakes_are_answered_in_one_line(tmp_path, run, quick_vlm, flags, message):
-    err = run(tmp_path / "out", *flags, code=2)
-    assert message in err and err.strip().splitlines()[-1].startswith("error: ")
-
-
-# ---- rows of the full run --------------------------------------------------------------------------------------------
+# ---- the long table --------------------------------------------------------------------------------------------------
 def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
-    settings = SETTINGS | {"true_cfg_scale": 2.0}
-    models_ = evaluate.Models(SimpleNamespace(model=flux), settings)
-    cases = exams.world_cases([0], 1, 0, 32)
-    pixels = dsd.to_pixels
-    before = pixels(evaluate.prompt_alone(models_, cases))
-    untuned, tuned, again = (pixels(evaluate.dreambooth(models_, cases, steps, 2e-3)) for steps in (0, 6, 6))
+    pipe, cases = dsd.load_pipeline(FluxPipeline, flux), exams.world_cases([0], 1, 0, 32)
+    before = dsd.to_pixels(evaluate.teacher(pipe, cases, SMALL))
+    untuned, tuned, again = (dsd.to_pixels(ablations.dreambooth(
+        pipe, cases, argparse.Namespace(**vars(SMALL), tuning_steps=steps))) for steps in (0, 4, 4))
     assert torch.equal(tuned, again) and not torch.equal(tuned, untuned)
-    assert torch.equal(pixels(evaluate.prompt_alone(models_, cases)), before)
+    assert torch.equal(dsd.to_pixels(evaluate.teacher(pipe, cases, SMALL)), before)
 
 
-def test_dreambooth_takes_the_best_of_the_searched_settings(tmp_path, run, quick_vlm, monkeypatch):
-    monkeypatch.setattr(evaluate, "LEARNING_RATES", [1e-3])
-    monkeypatch.setattr(evaluate, "TUNING_STEPS", [1, 2])
-    monkeypatch.setattr(evaluate, "SEARCH_COUNT", 1)
-    used = []
-    monkeypatch.setattr(evaluate, "dreambooth", lambda models, cases, **options: used.append((cases[0].reference, options))
-                        or [c.truth if options["steps"] == 2 or c.reference < evaluate.SEARCH else Image.new("RGB", (32, 32))
-                            for c in cases])
-    marks = exams.marks
-    monkeypatch.setattr(exams, "marks", lambda c, seen: marks(
-        c, c.identity | c.context if used[-1][1]["steps"] == 2 else c.identity | c.shown))
-    run(tmp_path / "out", "--full", "--rows", "tuning", "--tuned_references", 1)
-    few, more = ({"steps": steps, "learning_rate": 1e-3} for steps in (1, 2))
-    assert used == [(evaluate.SEARCH, few), (evaluate.SEARCH, more), (0, more)]
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| DreamBooth-LoRA | 1 |" in table and "searched on other references" in table and "minutes a reference" in table
+def test_every_row_of_the_long_table(tmp_path, run, asked, pairs, monkeypatch):
+    """Drawn at tiny settings; finetune.py itself trains the ablations, and DreamBooth takes the best settings."""
+    trained, tuned, marks, tune = [], [], exams.marks, ablations.tune
 
+    def in_this_process(script, *flags):
+        trained.append(Path(flags[5]).name)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, flags), *"--rank 2 --batch_size 2".split()])
+            finetune.main()
 
-def test_a_condition_of_zeros_makes_every_student_the_teacher_again(flux, tmp_path):
-    """An adapter that has learnt nothing: the held frame still shows, and a single frame is the teacher's own picture."""
-    transformer = FluxTransformer2DModel.from_pretrained(flux, subfolder="transformer", dtype=torch.float32)
-    dsd.save_adapter(dsd.add_lora(dsd.widen(transformer), rank=2), tmp_path)
-    models_, cases = evaluate.Models(SimpleNamespace(model=flux), SETTINGS), exams.world_cases([0], 1, 0, 32)
-    single = evaluate.single_frame(models_, cases, tmp_path)
-    held = evaluate.held_frame(models_, cases, tmp_path)
-    assert [i.size for i in single + held] == [(32, 32)] * 4
-    pipe = models_.load(FluxPipeline)
-    assert pipe.transformer.config.in_channels == 64  # the teacher's own, loaded anew
-    inpainted = evaluate.inpainting(models_, [c for c in cases])
-    assert [i.size for i in inpainted] == [(32, 32)] * 2
+    monkeypatch.setattr(ablations, "run_script", in_this_process)
+    monkeypatch.setattr(ablations, "tune", lambda *args: tuned.append(args[3].tuning_steps) or tune(*args))
+    monkeypatch.setattr(exams, "marks", lambda case, seen: marks(case, seen) | {"cp_pf": float(tuned[-1:] == [2])})
+    few = {name: ablations.ABLATIONS[name] for name in ("single frame", "only LoRA")}
+    for name, value in {"SEARCH": [100_000], "LEARNING_RATES": [1e-3], "TUNING_STEPS": [2, 1], "GUIDANCE": [(1.0, 1.0)],
+                        "ABLATIONS": few}.items():
+        monkeypatch.setattr(ablations, name, value)
+    flags = ["--pairs", pairs, "--ablation_steps", 1, "--references", 1, "--unguided_steps", 0,
+             "--rows", "tuning", "DSD", "guidance", "sampling", "ablation"]
+    said, out = run(tmp_path / "out", *flags, script=ablations), tmp_path / "out"
+    rows = ["DreamBooth-LoRA", "DSD", "DSD, guidance 1.0 1.0", "DSD, frame 1 held", "DSD, single frame",
+            "DSD, only LoRA", "DSD, only LoRA, frame 1 held"]
+    assert all(f"| {name} | 1 |" in said for name in rows)
+    assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
+    assert tuned == [2, 1, 2] and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
+    assert dsd.adapter_facts(out / "ablations" / "single_frame")[1]["frames"] == 1
+    assert set(trained) == {"single_frame", "only_LoRA"}
+    asked.clear(), trained.clear()
+    run(out, *flags, script=ablations)
+    assert not asked and not trained
 
 
 def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
-    args = SimpleNamespace(pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, model="flux", ablation_steps=None)
+    args = argparse.Namespace(pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, device="cpu")
     whole = dsd.read_records(pairs / "metadata.jsonl")
-    quarter, half = (evaluate.pairs_for(which, args) for which in ("quarter", "half"))
-    some = dsd.read_records(half / "metadata.jsonl")
-    assert [r["prompt"] for r in some] == [r["prompt"] for r in whole[:4]]
-    assert len(dsd.read_records(quarter / "metadata.jsonl")) == 2
-    assert (half / some[0]["reference_file_name"]).read_bytes() == (pairs / whole[0]["reference_file_name"]).read_bytes()
 
     def curated(script, *flags):
         assert script == "curate.py" and flags[flags.index("--tolerance") + 1] == 99
         folder = flags[flags.index("--out") + 1]
-        shutil.copytree(pairs / "images", folder / "images")
-        dsd.append_records(folder / "metadata.jsonl", [{**r, "prompt": f"{k} {r['prompt']}"} for k in range(3) for r in whole])
-        dsd.write_json(folder / "summary.json", {})
+        dsd.write_json(folder / "metadata.jsonl", whole * 3)
 
-    monkeypatch.setattr(evaluate, "run_script", curated)
-    assert len(dsd.read_records(evaluate.pairs_for("as many", args) / "metadata.jsonl")) == len(whole)
-    assert len(dsd.read_records(evaluate.pairs_for("uncurated", args) / "metadata.jsonl")) == 3 * len(whole)
-    assert evaluate.pairs_for("curated", args) == pairs
-
-
-@pytest.mark.parametrize("name", ["single frame", "only condition columns"])
-def test_an_ablation_is_trained_by_finetune_once(tmp_path, run, quick_vlm, pairs, monkeypatch, name):
-    ran = []
-
-    def in_this_process(script, *flags):
-        ran.append(flags)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags), "--rank", "2", "--batch_size", "2"])
-        importlib.import_module(script.removesuffix(".py")).main()
-
-    monkeypatch.setattr(evaluate, "run_script", in_this_process)
-    flags = ["--full", "--rows", f"ablation: {name}", "--pairs", pairs, "--ablation_steps", 2, "--references", 1]
-    run(tmp_path / "out", *flags)
-    folder = tmp_path / "out" / "ablations" / name.replace(" ", "_")
-    assert (folder / dsd.ADAPTER_FILE).exists() and json.loads((folder / "settings.json").read_text())["steps"] == 2
-    learnt = {"x_embedder" in key for key, t in load_file(folder / dsd.ADAPTER_FILE).items() if "lora_B" in key and t.any()}
-    assert learnt == {"single frame": {True, False}, "only condition columns": {True}}[name]
-    x_0 = load_file(folder / "cache" / "00000000.safetensors")["x_0"]
-    assert x_0.shape[1] == (16 if name == "single frame" else 32)  # tokens of one panel, of two
-    run(tmp_path / "out", *flags)
-    assert len(ran) == 1 and [str(f) for f in evaluate.ABLATIONS[name][1]] == [str(f) for f in ran[0][6:-2]]
+    monkeypatch.setattr(ablations, "run_script", curated)
+    for which, count in {"curated": 8, "half": 4, "quarter": 2, "as many": 8, "uncurated": 24}.items():
+        folder = ablations.pairs_for(which, args)
+        records = dsd.read_records(folder / "metadata.jsonl")
+        assert len(records) == count and (which == "as many" or records[1]["prompt"] == whole[1]["prompt"])
+        if which in ("half", "quarter"):
+            assert (folder / records[0]["target_file_name"]).samefile(pairs / whole[0]["target_file_name"])
