@@ -5,12 +5,12 @@
     python miniature/benchmark.py --size flux.1-dev --gradient_checkpointing    # FLUX.1-dev, random weights, a CUDA GPU
     python miniature/benchmark.py --size flux.1-dev --quantize nf4 --rank 16 --gradient_checkpointing
 
-Each row compares our code with a peer, timed in turn in one process; the fastest of --repeat runs counts. The peer is the
-stock pipeline for grids and for one-pass sampling; for guided sampling three passes one after another, as in the released
-code; for training a step that encodes its pictures and prompts in the loop, as diffusers' example trainers do. The limit is
-the arithmetic in the row (matrix products, convolutions, attention; recomputed activations too) at the measured rate of a
-large matrix product in the same number format. Speed and memory do not depend on what the weights are, so random ones of
-the right size will do.
+Each row compares our code with a peer, timed in turn in one process; the fastest of --repeat runs counts. The peer is
+the stock pipeline for grids and for one-pass sampling; for guided sampling three passes one after another, as in the
+released code; for training a step that encodes its pictures and prompts in the loop, as diffusers' example trainers do.
+The limit is the arithmetic in the row (matrix products, convolutions, attention; recomputed activations too) at the
+measured rate of a large matrix product in the same number format. Speed and memory do not depend on what the weights
+are, so random ones of the right size will do.
 
 Training is timed in float32 and in bfloat16, the latter only where the machine has it natively (or with --emulated).
 Prints a table and writes it as JSON to --out.
@@ -104,7 +104,8 @@ def noise(side, seed):
 def grids_row(args, rate):
     chosen = options(args, generate_grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
-    grids = [{"prompt": f"a grid of 4 images representing the same critter: {PROMPT}", "seed": i} for i in range(args.batch)]
+    prompt = f"a grid of 4 images representing the same critter: {PROMPT}"
+    grids = [{"prompt": prompt, "seed": i} for i in range(args.batch)]
 
     def stock():
         pipe([grid["prompt"] for grid in grids], negative_prompt=[""] * len(grids), width=2 * chosen.width,
@@ -118,8 +119,8 @@ def grids_row(args, rate):
 def curation_row(args, rate):
     model = curate.load_vlm(args.vlm, args.quantize)
     cases = [[noise(args.panel, 2 * i + k) for k in (0, 1)] for i in range(8 * args.batch)]
-    return row("a pair curated", lambda: curate.ask(*model, cases, curate.PAIR_QUESTION, len(cases), 400), None, len(cases),
-               rate, args.repeat)
+    return row("a pair curated", lambda: curate.ask(*model, cases, curate.PAIR_QUESTION, len(cases), 400), None,
+               len(cases), rate, args.repeat)
 
 
 def three_passes(model, x, condition, text, null_text, s_i, s_t):
@@ -145,8 +146,9 @@ def sampling_rows(args, rate, work):
         sample.draw_batch(pipe, images, [PROMPT] * n, list(range(n)), chosen)
 
     def stock():
-        pipe([PROMPT] * n, control_image=canvases, height=args.panel, width=2 * args.panel, num_inference_steps=chosen.steps,
-             guidance_scale=chosen.guidance_scale, max_sequence_length=pipe.tokenizer_2.model_max_length,
+        pipe([PROMPT] * n, control_image=canvases, height=args.panel, width=2 * args.panel,
+             num_inference_steps=chosen.steps, guidance_scale=chosen.guidance_scale,
+             max_sequence_length=pipe.tokenizer_2.model_max_length,
              generator=[torch.Generator().manual_seed(i) for i in range(n)])
 
     def one_by_one():
@@ -193,7 +195,8 @@ def training_row(args, precision, rate, work):
         if not encoders:
             encoders.append(dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None))
         reference, target = map(dsd.to_pixels, zip(*[finetune.open_pair(chosen, pair) for pair in pairs]))
-        x_0, condition = (dsd.encode(encoders[0].vae, p) for p in (dsd.canvas(reference, target), dsd.canvas(reference)))
+        x_0 = dsd.encode(encoders[0].vae, dsd.canvas(reference, target))
+        condition = dsd.encode(encoders[0].vae, dsd.canvas(reference))
         text = dsd.encode_prompts(encoders[0], [pair["prompt"] for pair in pairs])
         sigma = dsd.sample_sigmas(len(pairs), chosen.shift, None).to(x_0.device)
         return [x_0, torch.randn_like(x_0), sigma, condition, *text]
@@ -217,7 +220,7 @@ def make_pairs(folder, side, count):
 # ---- command line ----------------------------------------------------------------------------------------------------
 def table(result):
     """The result as a Markdown table."""
-    lines = ["| for | seconds | peer's | faster by | limit | share of the limit | memory |", "|---|---|---|---|---|---|---|"]
+    lines = ["| for | seconds | peer's | faster by | limit | share of the limit | memory |", "|---" * 7 + "|"]
     for r in result["rows"]:
         peer, ratio = ("", "") if r["peer_seconds"] is None else (
             f"{r['peer_seconds']:.4g}", f"{r['peer_seconds'] / r['seconds']:.2f}x")
@@ -230,7 +233,7 @@ def table(result):
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/benchmark")
     add, steps = parser.add_argument, ["grids", "curation", "training", "sampling"]
-    add("--size", choices=["miniature", "flux.1-dev"], default="miniature", help="which model; flux.1-dev: random weights")
+    add("--size", choices=["miniature", "flux.1-dev"], default="miniature", help="flux.1-dev: random weights")
     add("--model", help="a FLUX folder of your own instead")
     add("--vlm", help="for the row of curation (default: the miniature's; with another model none)")
     add("--steps", type=dsd.at_least(1), help="of the sampler (default: the model's own)")
@@ -253,7 +256,7 @@ def main():
     gpu = PartialState().device.type == "cuda"
     if args.size == "flux.1-dev" and not args.model:
         if not gpu:
-            raise dsd.DsdError("--size flux.1-dev needs a CUDA GPU; miniature/computed.py computes its costs without one")
+            raise dsd.DsdError("--size flux.1-dev needs a CUDA GPU; without one see miniature/computed.py")
         args.model = args.out / "FLUX.1-dev"
         if not (args.model / "model_index.json").exists():
             random_models.make_flux(args.model, size=random_models.FLUX_1, dtype=torch.bfloat16, device="cuda")
@@ -263,16 +266,18 @@ def main():
     precisions = [dsd.choose_precision("auto", dsd.check_model(args.model, args.panel))]
     precisions += ["no"] if precisions == ["bf16"] and not gpu else ["bf16"] if args.emulated and not gpu else []
     torch.manual_seed(0)
-    dtypes = {torch.bfloat16 if precision == "bf16" else torch.float32 for precision in precisions} | {dsd.weight_dtype()}
-    rates = {str(dtype).removeprefix("torch."): product_rate(dtype, args.product * (4 if gpu else 1)) for dtype in dtypes}
-    stored = rates[str(dsd.weight_dtype()).removeprefix("torch.")]
+    stored = str(dsd.weight_dtype()).removeprefix("torch.")  # the number format of drawing
+    side = args.product * (4 if gpu else 1)
+    rates = {name: product_rate(getattr(torch, name), side) for name in {stored, *(NAMES[p] for p in precisions)}}
+    trainings = precisions if "training" in args.rows else []
     with tempfile.TemporaryDirectory() as work:
         rows = [
-            *([grids_row(args, stored)] if "grids" in args.rows else []),
-            *([curation_row(args, stored)] if "curation" in args.rows and args.vlm else []),
-            *([training_row(args, p, rates[NAMES[p]], Path(work)) for p in precisions] if "training" in args.rows else []),
-            *(sampling_rows(args, stored, Path(work)) if "sampling" in args.rows else [])]
-    machine = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+            *([grids_row(args, rates[stored])] if "grids" in args.rows else []),
+            *([curation_row(args, rates[stored])] if "curation" in args.rows and args.vlm else []),
+            *(training_row(args, precision, rates[NAMES[precision]], Path(work)) for precision in trainings),
+            *(sampling_rows(args, rates[stored], Path(work)) if "sampling" in args.rows else [])]
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if gpu else cpu
     result = {"machine": machine, "torch": torch.__version__, "rates": rates, "rows": rows}
     dsd.write_json(args.out / "benchmark.json", result)
     print(table(result))

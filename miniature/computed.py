@@ -2,9 +2,9 @@
 
     python miniature/computed.py              # 512-pixel panels, rank 16, 64 and 512
 
-Tensors on the meta device have a size and no content: operations are counted and allocations added up as torch would make
-them. Three transformers of one or two blocks of each kind stand for the 19 and 38 of FLUX.1: both costs are linear in
-them. Not in these figures: CUDA itself (about half a GB), what the allocator wastes (a few percent).
+Tensors on the meta device have a size and no content: operations are counted and allocations added up as torch would
+make them. Three transformers of one or two blocks of each kind stand for the 19 and 38 of FLUX.1: both costs are linear
+in them. Not in these figures: CUDA itself (about half a GB), what the allocator wastes (a few percent).
 """
 
 import sys
@@ -97,7 +97,8 @@ def training(rank, side, checkpointing=True):
 
 def drawing(width, height, batch=1):
     with torch.no_grad():
-        return whole(lambda *blocks: costs(functools.partial(predict, transformer(*blocks).eval(), width, height, batch)))
+        return whole(lambda *blocks: costs(
+            functools.partial(predict, transformer(*blocks).eval(), width, height, batch)))
 
 
 def decoding(width, height):
@@ -123,14 +124,15 @@ def main():
 
     with torch.device("meta"):
         both = ["transformer", "text encoders"]
-        for name, size, passes in (("step of a grid", (2 * side, 2 * side), 1), ("step of an image", (2 * side, side), 1),
+        for name, size, passes in (("step of a grid", (2 * side, 2 * side), 1),
+                                   ("step of an image", (2 * side, side), 1),
                                    ("guided step of an image", (2 * side, side), 3)):
             (operations, activations), (_, decoder) = drawing(*size, passes), decoding(*size)
             line(name, operations, lambda kind: weights(kind, *both) + max(activations, decoder))
         for rank in ranks:
             operations, activations = training(rank, side)
             count = sum(p.numel() for p in transformer(19, 38, rank).parameters() if p.requires_grad)
-            # LoRA: weight and gradient of 4 bytes, a copy of 2 for autocast, moments of 8, or of 2 beside quantised weights
+            # LoRA: weight and gradient of 4 bytes each, a copy of 2 for autocast, moments of 8, or 2 if quantised
             line(f"training step, rank {rank}, checkpointing", operations, lambda kind: (
                 weights(kind, "transformer") + count * (18 if kind == "none" else 12) + activations + .2e9))
         operations, activations = training(ranks[0], side, checkpointing=False)

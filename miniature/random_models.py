@@ -1,9 +1,9 @@
 """Folders in FLUX.1's and Qwen2.5-VL's own form with random weights of any size: all but the download.
 
-The layouts are those of the hub: CLIP's tokenizer from vocab.json and merges.txt, T5's from tokenizer.json, a VAE of factor
-8, text encoders of two widths; FLUX.1-dev with a guidance embedding and a noise schedule that follows the resolution,
-FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub. Tests and the benchmark use them: speed and
-memory do not depend on what the weights are."""
+The layouts are those of the hub: CLIP's tokenizer from vocab.json and merges.txt, T5's from tokenizer.json, a VAE of
+factor 8, text encoders of two widths; FLUX.1-dev with a guidance embedding and a noise schedule that follows the
+resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub. Tests and the benchmark use
+them: speed and memory do not depend on what the weights are."""
 
 import dsd  # first: see its head
 
@@ -12,8 +12,8 @@ import json
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import pre_tokenizers
-from transformers import (CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer,
-                          T5Config, T5EncoderModel, T5TokenizerFast)
+from transformers import (CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          Qwen2Tokenizer, T5Config, T5EncoderModel, T5TokenizerFast)
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SMALL = {  # the widths are multiples of 64, since weights of 4 bits come in blocks of 64
@@ -27,7 +27,8 @@ FLUX_1 = {  # FLUX.1-dev; what is not said is the classes' own default, which is
     "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     "text_encoder": {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
                      "num_hidden_layers": 12, "num_attention_heads": 12},
-    "text_encoder_2": {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    "text_encoder_2": {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+                       "num_heads": 64},
     "transformer": {}}
 
 
@@ -62,7 +63,8 @@ def make_flux(folder, guidance_embeds=True, size=SMALL, dtype=torch.float32, dev
             use_dynamic_shifting=guidance_embeds, shift=3.0 if guidance_embeds else 1.0),
         "vae": lambda: make_vae(size["vae"]),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**{
-            "vocab_size": clip_words, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, **size["text_encoder"]})),
+            "vocab_size": clip_words, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+            **size["text_encoder"]})),
         "text_encoder_2": lambda: T5EncoderModel(T5Config(**{
             "vocab_size": t5_words, "feed_forward_proj": "gated-gelu", **size["text_encoder_2"]})),
         "transformer": lambda: FluxTransformer2DModel(guidance_embeds=guidance_embeds, **size["transformer"])}

@@ -43,8 +43,8 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture
 def adapter(model, pairs, tmp_path, call):
-    code, _, err = call(finetune, "--model", model, "--pairs", pairs, "--out", tmp_path / "adapter", "--steps", 2, "--rank", 2,
-                        "--gradient_checkpointing", "--precision", "no")
+    code, _, err = call(finetune, "--model", model, "--pairs", pairs, "--out", tmp_path / "adapter", "--steps", 2,
+                        "--rank", 2, "--gradient_checkpointing", "--precision", "no")
     assert code == 0, err
     return tmp_path / "adapter"
 
@@ -70,8 +70,8 @@ def test_grids_of_real_classes_are_the_stock_pipelines(model, tmp_path, call):
 
 
 def test_prompts_of_schnell_have_256_tokens_and_of_dev_512(dev, schnell):
-    lengths = [dsd.encode_prompts(dsd.load_pipeline(FluxPipeline, folder), ["a fox"])[0].shape[1] for folder in (dev, schnell)]
-    assert lengths == [512, 256]
+    for folder, tokens in ((dev, 512), (schnell, 256)):
+        assert dsd.encode_prompts(dsd.load_pipeline(FluxPipeline, folder), ["a fox"])[0].shape[1] == tokens
 
 
 def test_panels_need_not_be_square(dev, tmp_path, call):
@@ -100,14 +100,15 @@ def test_one_pass_of_real_classes_is_the_stock_control_pipelines(adapter, model)
     canvas = Image.new("RGB", (96, 32))
     canvas.paste(reference)
     stock = pipe("the cat at sea", control_image=canvas, width=96, height=32, num_inference_steps=3, guidance_scale=3.5,
-                 max_sequence_length=pipe.tokenizer_2.model_max_length, generator=torch.Generator().manual_seed(7)).images[0]
+                 max_sequence_length=pipe.tokenizer_2.model_max_length,
+                 generator=torch.Generator().manual_seed(7)).images[0]
     assert abs(dsd.to_pixels([ours]) - dsd.to_pixels([stock.crop((48, 0, 96, 32))])).max() <= 2.1 / 127.5  # grey levels
 
 
 def test_sampling_on_real_classes_follows_prompt_and_guidance(adapter, model, tmp_path, call):
     noise_image(48, 40).save(tmp_path / "photo.jpg")
-    run = [sample, "--model", model, "--adapter", adapter, "--image", tmp_path / "photo.jpg", "--width", 48, "--height", 32,
-           "--steps", 3, "--prompt", "the cat at sea"]
+    run = [sample, "--model", model, "--adapter", adapter, "--image", tmp_path / "photo.jpg", "--width", 48,
+           "--height", 32, "--steps", 3, "--prompt", "the cat at sea"]
     code, _, err = call(*run, "the " * 600, "--image_guidance", 1.5, "--text_guidance", 2, "--out", tmp_path / "guided")
     assert code == 0 and "1 of 2 prompts are longer" in err, err
     assert call(*run, "--out", tmp_path / "plain")[0] == 0
@@ -118,8 +119,8 @@ def test_sampling_on_real_classes_follows_prompt_and_guidance(adapter, model, tm
 # ---- step 2: a real vision-language model ----------------------------------------------------------------------------
 def test_a_qwen_is_asked_about_every_pair_and_its_babble_is_rejected(qwen, dev, tmp_path, call):
     call(generate_grids, "--model", dev, "--count", 1, "--panel", 32, "--steps", 1, "--out", tmp_path / "grids")
-    code, _, err = call(curate, "--grids", tmp_path / "grids", "--vlm", qwen, "--out", tmp_path / "pairs", "--batch_size", 4,
-                        "--max_new_tokens", 20)
+    code, _, err = call(curate, "--grids", tmp_path / "grids", "--vlm", qwen, "--out", tmp_path / "pairs",
+                        "--batch_size", 4, "--max_new_tokens", 20)
     assert code == 2 and "none of 6 pairs" in err
     records = dsd.read_json(tmp_path / "pairs" / "transcripts" / "000000.json")["pairs"]
     assert {r["verdict"] for r in records} <= {"unparsable", "truncated"} and all(r["answer"] for r in records)
@@ -135,7 +136,7 @@ def test_a_qwens_answer_does_not_depend_on_the_batch(qwen):
 def test_sample_enhances_prompts_with_a_qwen(qwen, dev, pairs, tmp_path, call):
     call(finetune, "--model", dev, "--pairs", pairs, "--out", tmp_path / "adapter", "--steps", 1, "--rank", 2)
     reference = next((pairs / "images").glob("*.png"))
-    code, _, err = call(sample, "--model", dev, "--adapter", tmp_path / "adapter", "--image", reference, "--prompt", "a fox",
-                        "--steps", 1, "--enhance", qwen, "--out", tmp_path / "samples")
+    code, _, err = call(sample, "--model", dev, "--adapter", tmp_path / "adapter", "--image", reference,
+                        "--prompt", "a fox", "--steps", 1, "--enhance", qwen, "--out", tmp_path / "samples")
     assert code == 0, err
     assert json.loads(Image.open(tmp_path / "samples" / "0000.png").text["dsd"])["text"].startswith("a fox, ")
