@@ -28,14 +28,12 @@ def dev(tmp_path_factory):
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("module, options, words", [
-    *((module, ["--quantize", "nf4"], "need a CUDA GPU") for module in (generate_grids, curate, finetune, sample)),
-    *((module, ["--offload", "sequential"], "need a CUDA GPU") for module in (generate_grids, sample)),
-    (generate_grids, ["--model", HUB], "needs a CUDA GPU"), (generate_grids, ["--llm", HUB], "chat model"),
-    (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B-Instruct"], "needs a CUDA GPU"),
-    (sample, ["--model", HUB, "--prompt", "a fox", "--image", "x.png", "--adapter", "ADAPTER"], "needs a CUDA GPU"),
-    (finetune, ["--model", HUB], "needs a CUDA GPU")])
-def test_what_needs_a_gpu_is_refused_before_download(module, options, words, flux, pairs, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("module, options", [
+    *((module, ["--quantize", "nf4"]) for module in (generate_grids, curate, finetune, sample)),
+    *((module, ["--offload", "sequential"]) for module in (generate_grids, sample)), (finetune, ["--model", HUB]),
+    (generate_grids, ["--model", HUB]), (generate_grids, ["--llm", HUB]), (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B"]),
+    (sample, ["--model", HUB, "--prompt", "a fox", "--image", "x.png", "--adapter", "ADAPTER"])])
+def test_what_needs_a_gpu_is_refused_before_a_download(module, options, flux, pairs, tmp_path, call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     dsd.write_json(tmp_path / "grids.jsonl", [{
         "file": "000000.png", "prompt": "p", "subject": "s", "family": "subject", "rows": 2, "columns": 2}])
@@ -43,7 +41,7 @@ def test_what_needs_a_gpu_is_refused_before_download(module, options, words, flu
     options = [{"ADAPTER": flux.parent / "adapter"}.get(option, option) for option in options]
     more = {curate: ["--grids", tmp_path], finetune: ["--pairs", pairs]}.get(module, [])
     code, _, err = call(module, *options, *more, "--out", tmp_path / "out")
-    assert code == 2 and words in err and err.strip().count("\n") == 0 and "Traceback" not in err
+    assert code == 2 and "need a CUDA GPU" in err and err.strip().count("\n") == 0 and "Traceback" not in err
     assert {p.name for p in (tmp_path / "out").rglob("*")} <= {".lock", "settings.json"}
 
 
