@@ -34,6 +34,7 @@ from PIL import Image  # noqa: E402
 import curate  # noqa: E402
 import world  # noqa: E402
 
+PartialState(cpu=not torch.cuda.is_available())  # as the scripts choose it: a CUDA GPU, else the CPU
 _folder = tempfile.TemporaryDirectory(prefix="lesson_")
 atexit.register(_folder.cleanup)
 os.chdir(_folder.name)
@@ -47,7 +48,7 @@ PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VL
 def start(minutes):
     """Print where and in which number format this lesson computes, and how many minutes its cells take."""
     device = PartialState().device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     loaded = str(dsd.weight_dtype()).removeprefix("torch.")
     print(f"device: {name}; models are loaded in {loaded}; the cells take about {minutes} min on two CPU cores")
 
@@ -167,7 +168,7 @@ def critter(number, scene="in the meadow", accessory="", light="at noon"):
 
 # ---- the vision-language model's comparison --------------------------------------------------------------------------
 def same_parts(answer):
-    """The line "compare" of an answer: {"shape": True, "ears": False, ...}. A part not mentioned counts as different."""
+    """An answer's line "compare" as {"shape": True, "ears": False, ...}; parts not mentioned count as different."""
     line = re.search(r"^compare:(.*)$", answer, re.MULTILINE)
     found = dict(re.findall(r"(\w+) [^,]*?(same|different)", line.group(1))) if line else {}
     return {part: found.get(part) == "same" for part in PARTS}
@@ -202,11 +203,13 @@ def attention_maps():
         transformer_flux.dispatch_attention_fn = fused
 
 
-def heat(axis, image, weights, looking=None):
-    """A heat map of `weights` (rows, columns of tokens) over a grey image; the token `looking` (row, column) is framed."""
-    weights = weights.float().cpu()
+def heat(axis, image, weights, looking=None, top=None):
+    """A heat map of `weights` (rows, columns of tokens) over a grey image, with a frame at the token `looking`.
+
+    top: the weight that is shown in full red (default: the largest of this map)."""
+    weights, top = weights.float().cpu(), float(top or weights.max())
     axis.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=300)
-    shade = axis.imshow(weights, cmap="autumn_r", vmin=0, alpha=0.9 * weights / weights.max(),
+    shade = axis.imshow(weights, cmap="autumn_r", vmin=0, vmax=top, alpha=(0.9 * weights / top).clamp(0, 1),
                         extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5))
     if looking is not None:
         unit, (row, column) = image.width / weights.shape[1], looking

@@ -8,15 +8,16 @@ Edit `solutions/*.ipynb` only. What stands there between `# solution` and `# end
 (in a text cell: between `<!-- solution -->` and `<!-- end -->`). In its place the student finds the lines that start
 with `# blank: `, or, inside a function, one line that raises NotImplementedError.
 
-Raw cells below an exercise hold other answers to it, which the student's copy loses: `# also right` must pass the check,
-and `# wrong: words` must fail it with a message that contains these words.
+Raw cells below an exercise hold other answers to it, which the student's copy loses: one that begins with
+`# also right` must pass the check, and one that begins with `# wrong: words` must fail it with a message that contains
+these words.
 
 The first line of a cell may be a mark. `# check` tests an answer; `# try` shows what was to be predicted. Both lose
 their outputs in the student's copy, as exercises do. The first picture that a `# picture` cell draws becomes
 `pictures/LESSON.png`, with which the lesson opens.
 
-Every run proves each exercise: the blank fails its check; the wrong answers fail, each with its message; the other right
-answers pass, and so does the solution after all of them, twice in a row.
+Every run proves each exercise: the blank fails its check; the wrong answers fail, each with its message; the other
+right answers pass, and so does the solution after all of them, twice in a row.
 """
 
 import argparse
@@ -121,7 +122,7 @@ def execute(notebook):
 
 
 def try_answers(client, i, exercise, others, check):
-    """Run an exercise's blank, its wrong and its other right answers, each with the check; leave the solution in place."""
+    """Try an exercise's blank, its wrong and its other right answers on the check, and leave the solution in place."""
     run(client, i, blank(exercise))
     expect(client, i, check, "your turn", "the blank")
     for answer in others:

@@ -1,4 +1,4 @@
-"""The lessons: whole, small and clean as committed; every solution runs; every check fails on a blank and passes on its solution."""
+"""The lessons are whole, small and clean as committed; every solution runs, and make.py proves every exercise."""
 
 import re
 import sys
@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import make  # noqa: E402
 
 LESSONS = make.lessons()
-SECONDS = 150  # the limit of one lesson, in processor time: other work on the machine does not count
 
 
 def committed(file):
@@ -45,21 +44,43 @@ def test_no_solution_is_left_in_the_student_notebook(solution):
     student = committed(ROOT / "notebooks" / solution.name)
     text = "\n".join(cell.source for cell in student.cells)
     assert "# solution" not in text and "<!-- solution" not in text and "# end" not in text
-    blanks = sum(cell.source.count("raise NotImplementedError") for cell in code(student))
-    assert blanks >= 3 and "*Your answer:*" in text
+    blanks = [cell for cell in code(student) if "your turn" in cell.source]
+    assert len(blanks) >= 3 and "*Your answer:*" in text and not [c for c in student.cells if c.cell_type == "raw"]
     for cell in code(student):
-        if "raise NotImplementedError" in cell.source or cell.source.startswith("# check"):
+        if "your turn" in cell.source or cell.source.startswith(("# check", "# try")):
             assert not cell.outputs
+
+
+def test_each_exercise_with_a_check_lists_other_right_answers_and_wrong_ones(solution):
+    others, tried = [], 0
+    for cell in committed(solution).cells:
+        if make.CODE_BLANK.search(cell.source) and cell.cell_type == "code":
+            others = []
+        elif cell.cell_type == "raw":
+            others.append(cell.source)
+        elif cell.source.startswith("# check"):
+            assert sum(answer.startswith(make.RIGHT) for answer in others) >= 1, cell.source
+            assert sum(answer.startswith(make.WRONG) for answer in others) >= 2, cell.source
+            tried += 1
+    assert tried >= 3
 
 
 def test_a_lesson_opens_and_ends_as_all_do(solution):
     cells = committed(solution).cells
-    for words in ("**You will learn**", "**You need**", "**Time**", "two CPU cores", "on a GPU", f"](../pictures/{solution.stem}.png)"):
-        assert words in cells[0].source
+    for words in ("**You will learn**", "**You need**", "**Time**", "two CPU cores", "on a GPU",
+                  f"](../pictures/{solution.stem}.png)"):
+        assert words in " ".join(cells[0].source.split())
+    assert "lesson.start(minutes=" in cells[1].source
     assert (ROOT / "notebooks" / "pictures" / f"{solution.stem}.png").exists()
     assert "## Discuss" in cells[-1].source and "## Read" in cells[-1].source
     assert sum(cell.source.startswith("# check") for cell in cells) >= 3
-    assert sum("open" in line for cell in cells for line in cell.source.splitlines() if re.match("##+ Exercise", line)) >= 1
+    headings = [line for cell in cells for line in cell.source.splitlines() if re.match("##+ Exercise", line)]
+    assert any("open" in line for line in headings)
+
+
+def test_lines_are_at_most_120_characters_long(solution):
+    long = [line for cell in committed(solution).cells for line in cell.source.splitlines() if len(line) > 120]
+    assert not long
 
 
 def test_outputs_are_there_small_and_without_traces_of_a_machine(solution):
@@ -76,34 +97,60 @@ def test_outputs_are_there_small_and_without_traces_of_a_machine(solution):
 
 def test_links_lead_somewhere(solution):
     for cell in committed(solution).cells:
-        for target in re.findall(r"\]\(([^)\s]+)\)", cell.source) if cell.cell_type == "markdown" else []:
+        targets = re.findall(r"\]\(([^)\s]+)\)", cell.source) if cell.cell_type == "markdown" else []
+        for target in targets:
             assert target.startswith("http") or (solution.parent / target).exists(), target
 
 
 def test_no_cell_installs_downloads_or_logs_in(solution):
     for cell in code(committed(solution)):
-        assert not re.search(r"pip install|\b(conda|apt|wget|curl|requests|urllib|login|snapshot_download|hf_hub_download)\b", cell.source)
+        assert not re.search(r"pip install|\b(conda|apt|wget|curl|requests|urllib|login|snapshot_download"
+                             r"|hf_hub_download)\b", cell.source)
 
 
-def test_the_solution_runs_each_check_passes_and_each_blank_fails(solution):
+def test_the_solution_runs_and_its_exercises_are_proven(solution):
+    """A cell may take 1,800 seconds, which is against hanging only: nothing here depends on the machine's speed."""
     notebook = committed(solution)
     for cell in code(notebook):
         cell.outputs = []
-    tried, seconds = make.execute(notebook)  # raises if a cell or a solution fails, or if a blank passes
-    assert tried == sum(cell.source.startswith("# check") for cell in notebook.cells) >= 3
-    assert seconds < SECONDS
+    tried, _ = make.execute(notebook)  # raises if a cell fails, or an exercise does not hold what make.py promises
+    assert tried >= 5 * sum(cell.source.startswith("# check") for cell in notebook.cells)
 
 
 def test_blanks_replace_what_stands_between_the_marks():
-    source = "def f(x):\n    # solution\n    y = x\n    return y\n    # end\n\n\n# solution\na, b = 1, 2\n# end\nprint(a)"
-    blank = make.blank(source)
-    assert blank == ('def f(x):\n    raise NotImplementedError("your turn")  # 2 lines in the solution\n\n\n'
-                     'raise NotImplementedError("your turn")  # 1 line in the solution\nprint(a)')
-    assert make.assigned(source) == ["a", "b"]
+    source = ("def f(x):\n    # solution\n    y = x\n    return y\n    # end\n\n\n"
+              "# solution\n# blank: a, b = ..., ...  # your turn: two numbers\na, b = 1, 2\n# end\nprint(a)")
+    assert make.blank(source) == (
+        'def f(x):\n    raise NotImplementedError("your turn")  # 2 lines in the solution\n\n\n'
+        "a, b = ..., ...  # your turn: two numbers\nprint(a)")
+    with pytest.raises(ValueError, match="needs `# blank: ` lines"):
+        make.blank("# solution\na = 1\n# end")
 
 
-@pytest.mark.parametrize("check", ["# check\npass", "# check\nassert 'n' in globals() or True"])
-def test_a_check_that_a_blank_passes_is_refused(check):
-    cells = [nbformat.v4.new_code_cell("# solution\nn = 1\n# end"), nbformat.v4.new_code_cell(check)]
-    with pytest.raises(ValueError, match="passes without a solution"):
+EXERCISE = "# solution\n# blank: n = ...  # your turn: a number\nn = 4\n# end"
+CHECK = "# check\nassert n is not ..., 'your turn'\nassert n == 4, 'two and two'\n"
+
+
+@pytest.mark.parametrize("check, others, complaint", [
+    ("# check\npass", [], "the blank passes the check"),
+    ("# check\nassert n == 4", [], "does not say 'your turn'"),
+    (CHECK, ["# wrong: two and two\nn = 4"], "passes the check"),
+    (CHECK, ["# wrong: three\nn = 5"], "does not say 'three'"),
+    (CHECK, ["# also right\nn = 5"], "should pass"),
+    (CHECK, ["n = 4"], "a raw cell begins with"),
+    (CHECK + "del n", [], "run a second time"),
+])
+def test_what_is_wrong_with_an_exercise_is_said(check, others, complaint):
+    cells = [nbformat.v4.new_code_cell(EXERCISE), *map(nbformat.v4.new_raw_cell, others),
+             nbformat.v4.new_code_cell(check)]
+    with pytest.raises(ValueError, match=complaint):
         make.execute(nbformat.v4.new_notebook(cells=cells))
+
+
+def test_a_sound_exercise_is_proven_and_its_outputs_are_those_of_the_solution():
+    others = ["# wrong: two and two\nn = 5", "# wrong: two and two\nn = 22", "# also right\nn = 2 + 2.0"]
+    cells = [nbformat.v4.new_code_cell(EXERCISE), *map(nbformat.v4.new_raw_cell, others),
+             nbformat.v4.new_code_cell(CHECK + "print(n)")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert make.execute(notebook)[0] == 5
+    assert notebook.cells[-1].outputs[0].text == "4\n"
