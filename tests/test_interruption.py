@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import COUNTS, critter, written
+from conftest import COUNTS, ROOT, critter, written
 
 if not hasattr(os, "fork"):
     pytest.skip("this system cannot fork processes", allow_module_level=True)
@@ -70,15 +70,19 @@ PHASES = {  # script -> the files of each phase, in the order of the work, and h
                  ("loss", r"loss\.png", 4), ("summary", r"summary\.json", 2)],
     "sample": [("details", r"details\.json", 3), ("pictures", r"000\d\.png\.part", 12),
                ("contact sheet", r"contact_sheet\.png", 4)],
+    "evaluate": [("pictures", r"rows/.*000\d\.png\.part", 4), ("scores", r"rows/.*000\d\.json", 4), ("table", r"table\.md", 4),
+                 ("summary", r"scores\.json", 4), ("scatter", r"scatter\.png", 4), ("sheet", r"contact_sheet\.png", 4)],
+    "pretrain": [("log", r"judge/log\.jsonl", 4), ("checkpoint", r"judge/checkpoint\.pt", 6), ("export", r"models/judge", 4)],
 }
-OUT = {"generate_grids": "grids", "curate": "pairs", "finetune": "adapter", "sample": "samples"}
+OUT = {"generate_grids": "grids", "curate": "pairs", "finetune": "adapter", "sample": "samples", "evaluate": "evaluation",
+       "pretrain": "models"}
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, server, flux, vlm, pairs):
     """Uninterrupted runs: {script: (arguments without --out, the files of its output folder, seconds)}."""
     folder, found = tmp_path_factory.mktemp("whole"), {}
-    critters = [folder / f"critter {i}.png" for i in (0, 1)]
+    judge, critters = ROOT / "miniature" / "judge", [folder / f"critter {i}.png" for i in (0, 1)]
     for i, file in enumerate(critters):
         critter(4000, [i, 0, 0]).save(file)
     arguments = {
@@ -87,13 +91,16 @@ def whole(tmp_path_factory, server, flux, vlm, pairs):
         "finetune": ["--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 2, "--batch_size", 1, "--save_every", 2,
                      "--validate_every", 3, "--image_guidance", 1, "--text_guidance", 1],
         "sample": ["--model", flux, "--adapter", folder / "adapter", "--enhance", vlm, "--image", *critters, "--steps", 1,
-                   "--prompt", "a critter in space", "a {name} in a cave", "--seed", 0, 1, "--batch_size", 3]}
+                   "--prompt", "a critter in space", "a {name} in a cave", "--seed", 0, 1, "--batch_size", 3],
+        "evaluate": ["--model", flux, "--vlm", vlm, "--judge", judge, "--rows", "prompt alone", "reference copied",
+                     "--references", 1, "--prompts", 1, "--steps", 1],
+        "pretrain": ["judge", "--steps", 6, "--batch_size", 4, "--save_minutes", 0]}  # its checkpoints are in runs/
     for script, args in arguments.items():
         out = folder / OUT[script]
         server.start(folder, script, *args, "--out", out)
         begun, (code, touched) = time.time(), server.wait()
         assert code == 0 or "pairs was accepted" in server.err.read_text(), server.err.read_text()  # by whatever VLM is there
-        half = [line for line in touched if line.startswith(f"write {out}/") and not line.endswith((".part", ".lock"))]
+        half = [line for line in touched if line.startswith(f"write {out}/") and not re.search(r"\.lock$|\.part", line)]
         assert not half  # files are written aside and renamed: they are whole or absent
         found[script] = args, written(out), time.time() - begun
     return found
@@ -127,7 +134,9 @@ def test_killed_at_random_times_the_same_command_ends_with_the_same_bytes(script
 
 
 @pytest.mark.parametrize("script", PHASES)
-def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(script, server, whole, tmp_path, call):
+def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(script, server, whole, tmp_path, call,
+                                                                                         monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (args, wanted, _), out = whole[script], tmp_path / OUT[script]
     process = server.start(tmp_path, script, *args, "--out", out, signal=signal.SIGSTOP, match=PHASES[script][1][1], nth=1)
     try:

@@ -11,6 +11,7 @@ import torch
 from conftest import critter, noise_image, pictures, predict, written
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import difference
 from tokenizers import Tokenizer, pre_tokenizers
@@ -261,8 +262,8 @@ def make_chat_model(folder, steps):
         max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=1))
     optimizer, answer = torch.optim.AdamW(model.parameters(), lr=3e-3), tokenizer(ANSWER + " </s>").input_ids
     for step in range(steps):
-        references = "; ".join(generate_grids.REFERENCES[(step + i) % 9] for i in range(3))
-        request = [{"role": "user", "content": generate_grids.LLM_REQUEST.format(references=references)}]
+        captions = "; ".join(generate_grids.CAPTIONS[(step + i) % 9] for i in range(3))
+        request = [{"role": "user", "content": generate_grids.LLM_REQUEST.format(captions=captions)}]
         asked = tokenizer.apply_chat_template(request, add_generation_prompt=True)["input_ids"]
         ids = torch.tensor([[*asked, *answer]])
         model(ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(asked), -100)).loss.backward()
@@ -401,11 +402,12 @@ def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportio
 
 
 def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(chain, flux, reference, tmp_path, run):
-    file = tmp_path / "adapter" / dsd.ADAPTER_FILE
-    tensors, config = load_file(chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE), {
-        "dsd": {"frames": 1, "width": 48, "height": 32, "image_guidance": 1.25, "text_guidance": 1.75}}
+    file, trained = tmp_path / "adapter" / dsd.ADAPTER_FILE, chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE
+    with safe_open(trained, "pt") as opened:
+        config = json.loads(opened.metadata()["lora_adapter_metadata"])
+    config["dsd"] = {"frames": 1, "width": 48, "height": 32, "image_guidance": 1.25, "text_guidance": 1.75}
     file.parent.mkdir()
-    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    save_file(load_file(trained), file, {"lora_adapter_metadata": json.dumps(config)})
     run("sample", "--model", flux, "--adapter", file.parent, "--image", reference, "--prompt", "a critter", "--steps", 1,
         "--text_guidance", 1, "--out", tmp_path / "out")
     told, kept = settings_of(tmp_path / "out" / "0000.png"), dsd.read_json(tmp_path / "out" / "settings.json")
