@@ -218,15 +218,16 @@ def parse_args(parser):
     """Add this script's options to a parser and parse. The model's folder and the adapter bring defaults."""
     add, amount = parser.add_argument, dsd.at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help="what DSD uses (default: the one shipped with the model)")
+    add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
     add("--vlm", default=dsd.MINIATURE / "vlm", help="gives scores: an image-text-to-text folder or hub name")
     add("--judge", type=Path, default=dsd.MINIATURE / "judge", help="gives scores: the folder of an image classifier")
     add("--rows", nargs="+", metavar="NAME", help="only the rows, and groups of rows, of these names")
-    add("--references", dest="count", type=dsd.at_least(1), help="how many (default: 16, with --folder all)")
-    add("--prompts", dest="contexts", type=dsd.at_least(1), help="new contexts for each reference, beside one in "
-        "another light (default: 4); with --folder the first so many prompts (default: all)")
+    add("--references", dest="count", type=dsd.at_least(1), help="how many; if not given, 16 or the whole folder")
+    add("--prompts", dest="contexts", type=dsd.at_least(1), help="new contexts for each reference (beside one in "
+        "another light), or with --folder its first so many prompts; if not given, 4 or all of them")
     add("--folder", type=Path, help="a folder in DreamBench++'s layout, in place of the miniature's cases")
-    add("--strengths", type=float, choices=[k / 10 for k in range(1, 11)], nargs="+", default=[0.5], help="of SDEdit")
+    add("--strengths", type=float, choices=[k / 10 for k in range(1, 11)], nargs="+", default=[0.5], metavar="S",
+        help="of SDEdit: 0.1, 0.2, ..., 1.0")
     add("--width", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
     add("--height", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of every method")
@@ -277,8 +278,9 @@ def evaluate(rows, args, **more):
     judge = None if args.folder else exams.Judge(args.judge)
     args.scorer, records = (judge, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:
+        new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, args)
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and (new or row is rows[-1]):
             report(records, cases, args)
     if PartialState().is_main_process:
         print((args.out / "table.md").read_text(encoding="utf-8"))

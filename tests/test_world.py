@@ -225,7 +225,7 @@ def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenize
     grammar = models.flux_settings()["generate_grids"]["grammar"]
     texts = []
     for seed in range(200):
-        grid = generate_grids.grammar_prompts(grammar, [family], seed)
+        grid = generate_grids.grammar_prompt(grammar, [family], seed)
         noun = grid["subject"].removeprefix("a ")
         places = [" ".join(prompt.split(f"{noun} ")[1].split()) for prompt in grid["panel_prompts"]]
         if family == "relight":  # "in the snow with a hat at noon": the light is last
