@@ -26,8 +26,8 @@ SUBJECT_CRITERIA = (
     "The first image shows a reference subject, the second was generated from it. How well does the second image keep "
     "that subject? Compare the shape (outline, proportions, parts), the colours (hue, brightness, where they are), the "
     "texture and fine markings and, for people and animals, the face. Ignore place, pose and light. 0: another "
-    "subject. 1: the same kind only. 2: alike, with clear differences. 3: the same but for small things. 4: the very same. "
-    "Compare" + END)
+    "subject. 1: the same kind only. 2: alike, with clear differences. 3: the same but for small things. 4: the very "
+    "same. Compare" + END)
 PROMPT_CRITERIA = (
     'An image was generated from this prompt: "{prompt}". How well does it follow? Is what the prompt names there, is '
     "each detail right, is nothing missing, are place, action and style as asked? 0: not at all. " + SCALE)

@@ -130,7 +130,8 @@ def load_averages(name, module):
     state = read_checkpoint(Path("runs/pretrain") / name)
     if not state:
         raise dsd.DsdError(f"no checkpoint in runs/pretrain/{name}: nothing to export")
-    for p, average in zip([p for p in module.parameters() if p.requires_grad], state["ema"]["shadow_params"], strict=True):
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p, average in zip(parameters, state["ema"]["shadow_params"], strict=True):
         p.data.copy_(average)
     print(f"{name}: exporting step {state['step']}")
 
