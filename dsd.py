@@ -461,6 +461,7 @@ def at_least(low, number=int):
         if not low <= number(text) < 2**31:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and below 2**31")
         return number(text)
+    check.__name__ = {int: "whole number", float: "number"}[number]  # for argparse's message
     return check
 
 
