@@ -109,7 +109,7 @@ def critter(identity, context, pose=(0., .16, 1.16, 0.)):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """A folder as curate.py writes it: 8 ordered pairs of rendered critters from 4 grids, each subject in two settings."""
+    """A folder as curate.py writes it: 8 ordered pairs of critters from 4 grids, each subject in two settings."""
     folder, records = tmp_path_factory.mktemp("pairs"), []
     (folder / "images").mkdir()
     for number in range(4):
@@ -119,7 +119,8 @@ def pairs(tmp_path_factory):
             critter(1234 + number, context).save(folder / file)
         for a, b in ((0, 1), (1, 0)):
             records.append({
-                "reference_file_name": files[a], "target_file_name": files[b], "subject": "critter", "family": "subject",
+                "reference_file_name": files[a], "target_file_name": files[b], "subject": "critter",
+                "family": "subject",
                 "prompt": world.panel_caption(world.identity_of([1234 + number])[0], contexts[b]), "grid": number,
                 "reference_panel": a, "target_panel": b})
     dsd.write_json(folder / "metadata.jsonl", records)
@@ -180,7 +181,8 @@ def chain(commands, tmp_path_factory):
     """A folder in which the four steps have run, and what they printed: (folder, {script: (stdout, stderr)})."""
     folder, printed = tmp_path_factory.mktemp("chain"), {}
     for script, args in commands.items():
-        done = subprocess.run(command(f"{script}.py", *args), cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command(f"{script}.py", *args), cwd=folder, capture_output=True, text=True,
+                              timeout=TIMEOUT)
         assert done.returncode == 0 or script == "curate" and "pairs was accepted" in done.stderr, done.stderr[-3000:]
         printed[script] = done.stdout, done.stderr  # a VLM of random weights accepts nothing
     return folder, printed
@@ -192,7 +194,7 @@ def pictures(folder):
 
 
 def written(folder):
-    """What scripts wrote below a folder: {name: bytes}, without the locks; of measured times only that they are there."""
+    """What scripts wrote below a folder: {name: bytes}, without the locks; of measured times only that they exist."""
     def content(path):
         if path.name == "training_state.pt":  # the same objects have more than one pickle
             return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), torch.load(path))

@@ -1,9 +1,9 @@
 """Runs the scripts in processes of their own without paying seconds of imports for each: imports once, then forks.
 
 Reads requests from stdin, a JSON line each: {"script", "args", "folder", "err"} and, if the process is to be stopped,
-{"signal", "match", "nth"}: it sends itself this signal just before the nth time that it opens, renames, makes or deletes
-a file whose path matches the regular expression. Answers with {"pid"} when it has started and {"code", "touched"} when it
-has ended: the exit code (-9 if killed) and what it did to files, in order."""
+{"signal", "match", "nth"}: it sends itself this signal just before the nth time that it opens, renames, makes or
+deletes a file whose path matches the regular expression. Answers with {"pid"} when it has started and
+{"code", "touched"} when it has ended: the exit code (-9 if killed) and what it did to files, in order."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ SCRIPTS = {name: importlib.import_module(name) for name in (
 
 
 def watch(trace, signal=None, match=None, nth=0, **request):
-    """Note on `trace` what is done to files ("write" is an open that may change it), and send the signal when it is time."""
+    """Note on `trace` what is done to files ("write" is an open that may change one), and send the signal in time."""
     seen = 0
 
     def hook(event, args):

@@ -68,7 +68,8 @@ def test_split_frames_separates_left_from_right_and_keeps_the_order_of_tokens():
 
 # ---- guidance --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("s_i, s_t, passes", [
-    (1, 1, 1), (0, 0, 1), (1, 0, 1), (1, 3, 2), (0, 1, 3), (2, 2, 2), (2, 0, 2), (1.5, 2.5, 3), (2, 1, 3), (.5, .25, 3)])
+    (1, 1, 1), (0, 0, 1), (1, 0, 1), (1, 3, 2), (0, 1, 3), (2, 2, 2), (2, 0, 2), (1.5, 2.5, 3), (2, 1, 3),
+    (.5, .25, 3)])
 def test_guided_velocity_is_the_formula_and_runs_only_the_passes_it_needs(s_i, s_t, passes):
     """The row (1, 3) is text guidance without image guidance, which the released pipeline ignores."""
     rows, text, null = [], (random(2, 7, 8), random(2, 4, seed=1)), (random(2, 7, 8, seed=2), random(2, 4, seed=3))
@@ -123,36 +124,6 @@ def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white(fit, l
     assert image.getpixel((9, 1)) == (middle if fit == "crop" else (255, 255, 255))
 
 
-def two(mode, *colours, palette=None):
-    """An image of so many pixels in a row."""
-    image = Image.new(mode, (len(colours), 1))
-    if palette:
-        image.putpalette(palette)
-    for x, colour in enumerate(colours):
-        image.putpixel((x, 0), colour)
-    return image
-
-
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # to be turned a quarter clockwise
-PALETTE = [10, 20, 30, 200, 100, 50]
-
-
-@pytest.mark.parametrize("image, options, wanted", [
-    (two("RGBA", (0, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 128)), {}, [(255, 255, 255), (255, 0, 0), (127, 127, 127)]),
-    (two("P", 0, 1, palette=PALETTE), {}, [(10, 20, 30), (200, 100, 50)]),
-    (two("P", 0, 1, palette=PALETTE), {"transparency": 0}, [(255, 255, 255), (200, 100, 50)]),
-    (two("L", 77), {}, [(77, 77, 77)]), (two("1", 0, 1), {}, [(0, 0, 0), (255, 255, 255)]),
-    (two("I;16", 65535, 32768, 300, 0), {}, [(255,) * 3, (128,) * 3, (1,) * 3, (0,) * 3]),
-    (two("RGB", (255, 0, 0), (0, 0, 255)), {"exif": TURNED}, [(255, 0, 0), (0, 0, 255)])],
-    ids=["transparent", "palette", "transparent palette", "grey", "1 bit", "16 bits", "turned"])
-def test_unusual_pictures_are_read_as_they_are_displayed(image, options, wanted, tmp_path):
-    image.save(tmp_path / "image.png", **options)
-    opened = dsd.open_image(tmp_path / "image.png")
-    assert opened.mode == "RGB" and opened.size == ((1, 2) if "exif" in options else (len(wanted), 1))
-    assert dsd.to_pixels([opened]).flatten(2)[0].T.add(1).mul(127.5).round().int().tolist() == list(map(list, wanted))
-
-
 def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tmp_path):
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")
     heights = []
@@ -181,7 +152,8 @@ def parsed(monkeypatch, tmp_path, *flags, folder="{}", **more):
 @pytest.mark.parametrize("flags, folder, more, rank", [
     ([], "{}", {}, 2), ([], '{"finetune": {"rank": 8}}', {}, 8), ([], '{"sample": {"rank": 8}}', {}, 2),
     ([], '{"finetune": {"rank": 8}}', {"rank": 4}, 4), (["--rank", "3"], '{"finetune": {"rank": 8}}', {"rank": 4}, 3)])
-def test_a_flag_goes_before_the_models_folder_and_that_before_the_default(flags, folder, more, rank, monkeypatch, tmp_path):
+def test_a_flag_goes_before_the_models_folder_and_that_before_the_default(flags, folder, more, rank, monkeypatch,
+                                                                          tmp_path):
     assert parsed(monkeypatch, tmp_path, *flags, folder=folder, **more) == rank
 
 
@@ -199,7 +171,8 @@ def test_a_number_out_of_range_is_refused_in_a_flag_and_in_the_models_folder(tex
     ("auto", 2, "cpu", "bf16"), ("auto", 1.1, "cpu", "no"), ("auto", .01, "cpu", "no"), ("no", 2, "cpu", "no"),
     ("bf16", 2, "cpu", "bf16"), ("bf16", .01, "cpu", "bf16"), ("auto", "native", "cuda", "bf16"),
     ("auto", "emulated", "cuda", "no"), ("bf16", "emulated", "cuda", "bf16"), ("no", "native", "cuda", "no")])
-def test_the_precision_is_what_the_device_is_faster_at_unless_it_is_given(precision, gain, device, wanted, monkeypatch, capsys):
+def test_the_precision_is_what_the_device_is_faster_at_unless_it_is_given(precision, gain, device, wanted, monkeypatch,
+                                                                          capsys):
     state = argparse.Namespace(device=torch.device(device))
     monkeypatch.setattr(dsd, "PartialState", lambda: state)
     monkeypatch.setattr(dsd, "bfloat16_gain", lambda width: gain)
@@ -232,7 +205,8 @@ def test_records_come_back_as_they_were_written(tmp_path):
     assert dsd.read_json(tmp_path / "one.json") == records[0]
 
 
-@pytest.mark.parametrize("garbage", [b"not json\n", b"\xff\xfe\x00\n", b"\n", b"[1]\n", b'{"text": 7}\n', b'{"text": "a'])
+@pytest.mark.parametrize("garbage", [b"not json\n", b"\xff\xfe\x00\n", b"\n", b"[1]\n", b'{"text": 7}\n',
+                                     b'{"text": "a'])
 def test_a_line_that_is_no_record_is_named(tmp_path, garbage):
     (tmp_path / "records.jsonl").write_bytes(b'{"text": "a"}\n' + garbage)
     with pytest.raises(dsd.DsdError, match="records.jsonl, line 2: ") as caught:
@@ -251,7 +225,8 @@ def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
 
 def test_an_output_folder_is_for_one_run_and_one_process(tmp_path):
     def begin(**options):
-        return dsd.open_out(argparse.Namespace(**{"out": tmp_path / "out", "device": "cpu", "steps": 2, "count": 3} | options),
+        return dsd.open_out(argparse.Namespace(**{"out": tmp_path / "out", "device": "cpu", "steps": 2,
+                                                  "count": 3} | options),
                             "sample", changeable=["count"], image="a")
     lock = begin()
     with pytest.raises(dsd.DsdError, match="in use by another process"):
@@ -261,7 +236,7 @@ def test_an_output_folder_is_for_one_run_and_one_process(tmp_path):
     dsd.write_json(tmp_path / "out" / "result.json", {})
     begin(steps=3, count=4).release()
     settings = (tmp_path / "out" / "settings.json").read_bytes()
-    with pytest.raises(dsd.DsdError, match="another run or other files .result.json."):
+    with pytest.raises(dsd.DsdError, match="another run or other files .its steps was 3."):
         begin(steps=2)
     assert (tmp_path / "out" / "settings.json").read_bytes() == settings
     (tmp_path / "out" / "settings.json").unlink()  # files of unknown origin

@@ -28,7 +28,8 @@ def test_generate_grids_writes_a_picture_and_a_record_for_each_grid(chain, flux)
     for r in records:
         assert set(r) == {"file", "prompt", "panel_prompts", "subject", "family", "seed", "model", "rows", "columns",
                           "settings"}
-        assert r["model"] == dsd.name_of(flux) and r["family"] in ("subject", "relight") and len(r["panel_prompts"]) == 4
+        assert r["model"] == dsd.name_of(flux) and r["family"] in ("subject",
+                                                                   "relight") and len(r["panel_prompts"]) == 4
         assert r["settings"]["steps"] == 4 and r["prompt"].startswith("a grid of 4 images representing the same")
     assert len({r["seed"] for r in records}) == len({r["prompt"] for r in records}) == 6
     assert "6 grids" in out and "overview.png" in out
@@ -44,7 +45,8 @@ def test_curate_asks_about_every_pair_and_keeps_the_transcripts(chain):
     assert all(r["question"] and r["answer"] and r["reason"] for r in records)
     assert {r["verdict"] for r in records} <= {"yes", "no", "unparsable", "truncated"}
     panels = dsd.cut_grid(dsd.open_image(chain[0] / "runs/grids/000002.png"))
-    assert [dsd.open_image(folder / f"images/000002_{k}.png").tobytes() for k in range(4)] == [p.tobytes() for p in panels]
+    for k, panel in enumerate(panels):
+        assert dsd.open_image(folder / f"images/000002_{k}.png").tobytes() == panel.tobytes()
     assert len(pictures(folder / "images")) == 24
     summary, accepted = dsd.read_json(folder / "summary.json"), sum(r["verdict"] == "yes" for r in records)
     assert (summary["asked"], summary["yes"]) == (36, accepted)
@@ -67,7 +69,8 @@ def test_finetune_writes_adapter_log_checkpoint_figure_and_validation(chain, flu
             assert abs(r[name.rstrip("_") or "loss"] - (r[f"{name}frame_1"] + r[f"{name}frame_2"]) / 2) < 1e-5
     settings, summary = dsd.read_json(folder / "settings.json"), dsd.read_json(folder / "summary.json")
     assert (settings["rank"], settings["precision"], settings["model"]) == (4, "no", dsd.name_of(flux))
-    assert (summary["pairs"], summary["held_out_pairs"], summary["steps"]) == (6, 2, 6) and summary["seconds_per_step"] > 0
+    assert (summary["pairs"], summary["held_out_pairs"], summary["steps"]) == (6, 2,
+                                                                               6) and summary["seconds_per_step"] > 0
     tensors = load_file(folder / dsd.ADAPTER_FILE)
     assert tensors["transformer.x_embedder.lora_B.weight"].abs().max() > 0
     assert {t.shape[0] for name, t in tensors.items() if name.endswith("attn.to_q.lora_A.weight")} == {4}
@@ -77,7 +80,8 @@ def test_finetune_writes_adapter_log_checkpoint_figure_and_validation(chain, flu
 
 def test_sample_writes_a_picture_for_each_prompt_and_seed_with_its_settings_inside(chain, reference):
     samples, out = chain[0] / "runs" / "samples", chain[1]["sample"][0]
-    assert set(written(samples)) == {"0000.png", "0001.png", "0002.png", "0003.png", "contact_sheet.png", "settings.json"}
+    assert set(written(samples)) == {"0000.png", "0001.png", "0002.png", "0003.png", "contact_sheet.png",
+                                     "settings.json"}
     told = []
     for i in range(4):
         with Image.open(samples / f"{i:04d}.png") as image:
@@ -99,7 +103,8 @@ OWN_WORDS = {  # what a script may print beside its progress bars, as regular ex
 @pytest.mark.parametrize("script", OWN_WORDS)
 def test_a_script_prints_one_line_of_its_own_and_progress_bars(chain, script):
     lines = [line.strip() for line in re.split(r"[\r\n]", "\n".join(chain[1][script])) if line.strip()]
-    others = [line for line in lines if not re.fullmatch(r"(grids|curate|encode|finetune|sample): .*\| \d+/\d+ \[.*\]", line)]
+    others = [line for line in lines if not re.fullmatch(r"(grids|curate|encode|finetune|sample): .*\| \d+/\d+ \[.*\]",
+                                                         line)]
     assert len(others) == 1 and re.fullmatch(OWN_WORDS[script], others[0]), others
 
 
@@ -114,8 +119,9 @@ def drive(folder, commands, *launcher, **env):
 
 
 def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, commands, tmp_path):
-    """Grids, records, transcripts, adapter with its metadata, checkpoint, log, figures, pictures. The driver also refuses
-    modules that only some systems have."""
+    """Grids, records, transcripts, adapter with its metadata, checkpoint, log, figures, pictures.
+
+    The driver also refuses modules that only some systems have."""
     steps = [[script, *args] for script, args in commands.items()]
     counts, = drive(tmp_path, steps, PYTHONHASHSEED="77")  # another order of sets
     assert written(tmp_path / "runs") == written(chain[0] / "runs")

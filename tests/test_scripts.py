@@ -84,7 +84,8 @@ def test_a_finished_training_is_lengthened_and_other_options_of_speed_may_change
         "--gradient_checkpointing")
     log = dsd.read_records(adapter / "log.jsonl")
     assert log[:6] == before and [r["step"] for r in log] == list(range(8)) and compiled
-    assert (adapter / dsd.ADAPTER_FILE).read_bytes() != weights and dsd.read_json(adapter / "summary.json")["steps"] == 8
+    assert (adapter / dsd.ADAPTER_FILE).read_bytes() != weights
+    assert dsd.read_json(adapter / "summary.json")["steps"] == 8
 
 
 @pytest.mark.parametrize("script, change", [
@@ -110,7 +111,8 @@ def test_another_picture_behind_the_same_record_makes_another_run(pairs, flux, t
 
 def test_a_resumed_run_keeps_its_own_precision(pairs, flux, tmp_path, run, monkeypatch):
     train = "finetune", "--model", flux, "--pairs", pairs, "--rank", 4, "--batch_size", 1, "--validation_grids", 0
-    for gain, steps, out, wanted in ((.01, 1, "slow", "no"), (9, 2, "slow", "no"), (9, 1, "fast", "bf16"), (.01, 1, "fast", "bf16")):
+    for gain, steps, out, wanted in ((.01, 1, "slow", "no"), (9, 2, "slow", "no"), (9, 1, "fast", "bf16"),
+                                     (.01, 1, "fast", "bf16")):
         monkeypatch.setattr(dsd, "bfloat16_gain", lambda width: gain)
         run(*train, "--steps", steps, "--out", tmp_path / out)
         assert dsd.read_json(tmp_path / out / "settings.json")["precision"] == wanted
@@ -121,7 +123,8 @@ def test_a_resumed_run_keeps_its_own_precision(pairs, flux, tmp_path, run, monke
 def arguments(pairs, out, **changes):
     """What finetune.py's functions read of its options, and the pairs with their places in the cache."""
     args = types.SimpleNamespace(**{
-        "pairs": pairs, "out": out, "width": 32, "height": 32, "frames": 2, "validation_grids": 4, "seed": 0, "batch_size": 6,
+        "pairs": pairs, "out": out, "width": 32, "height": 32, "frames": 2, "validation_grids": 4, "seed": 0,
+        "batch_size": 6,
         "shift": 3.0, "condition_dropout": .1, "prompt_dropout": .1, "prompt_tokens": None} | changes)
     training, held_out = finetune.read_pairs(args)
     for pair in [*training, *held_out]:
@@ -177,19 +180,22 @@ def test_a_batch_is_drawn_alike_however_many_processes_share_it(pipe, pairs, tmp
 
 
 def test_the_logged_loss_is_the_mean_over_the_accumulated_batches_computed_by_hand(pipe, pairs, flux, tmp_path, run):
-    run("finetune", "--model", flux, "--pairs", pairs, "--steps", 1, "--rank", 4, "--precision", "no", "--batch_size", 2,
+    run("finetune", "--model", flux, "--pairs", pairs, "--steps", 1, "--rank", 4, "--precision", "no", "--batch_size",
+        2,
         "--accumulate", 3, "--frame_weights", 1, 3, "--validation_grids", 0, "--out", tmp_path)
     args, records, _ = arguments(pairs, tmp_path, batch_size=2, validation_grids=0)
     frames, generator = [], torch.Generator().manual_seed(0)
     for _ in range(3):
-        x_0, eps, sigma, _, *text = finetune.draw_batch(records, dsd.encode_prompts(pipe, [""]), args, generator, process())
+        x_0, eps, sigma, _, *text = finetune.draw_batch(records, dsd.encode_prompts(pipe, [""]), args, generator,
+                                                        process())
         x_sigma = (1 - sigma.view(-1, 1, 1)) * x_0 + sigma.view(-1, 1, 1) * eps
         error = predict(pipe.transformer, x_sigma, sigma, text, dsd.position_ids(8, 16)) - (eps - x_0)
         error = dsd.unpack(error ** 2, 8, 16)  # at the first step the student still is the teacher
         frames.append([error[..., :8].mean().item(), error[..., 8:].mean().item()])
     first, second = (sum(losses) / 3 for losses in zip(*frames))
     log, = dsd.read_records(tmp_path / "log.jsonl")
-    assert log == pytest.approx({"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second}, abs=1e-4)
+    assert log == pytest.approx({"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second},
+                                abs=1e-4)
 
 
 def test_no_two_micro_batches_are_alike(pairs, flux, tmp_path, run, monkeypatch):
@@ -223,7 +229,8 @@ def test_batch_size_does_not_change_the_grids_but_seed_and_family_do(chain, comm
         ours, theirs = (dsd.open_image(path / f"{i:06d}.png") for path in (tmp_path / "a", chain[0] / "runs" / "grids"))
         assert difference(ours, theirs) <= 1
     for name, *options in (("b", "--seed", 1), ("c", "--family", "relight")):
-        run("generate_grids", *commands["generate_grids"], "--count", 2, "--steps", 1, "--out", tmp_path / name, *options)
+        run("generate_grids", *commands["generate_grids"], "--count", 2, "--steps", 1, "--out", tmp_path / name,
+            *options)
     a, b, c = (dsd.read_records(tmp_path / name / "grids.jsonl") for name in "abc")
     assert {r["prompt"] for r in a}.isdisjoint(r["prompt"] for r in b) and a[0]["seed"] != b[0]["seed"]
     assert all(r["family"] == "relight" and "scene" in r["prompt"] for r in c)
@@ -233,7 +240,8 @@ def test_grids_from_a_prompts_file(flux, tmp_path, run):
     (tmp_path / "prompts.txt").write_text(
         "a round horned critter | in space | in a cave | by moonlight | on the beach\n\n"
         "  a tall critter|at noon|at sunset|under neon|in the snow  \n")
-    draw = "generate_grids", "--model", flux, "--steps", 1, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "grids"
+    draw = ("generate_grids", "--model", flux, "--steps", 1, "--prompts", tmp_path / "prompts.txt", "--out",
+            tmp_path / "grids")
     run(*draw)
     first, second = dsd.read_records(tmp_path / "grids" / "grids.jsonl")
     assert first["subject"] == "round horned critter" and second["panel_prompts"][3] == "a tall critter in the snow"
@@ -246,7 +254,8 @@ def test_grids_from_a_prompts_file(flux, tmp_path, run):
 
 ANSWER = '{ "subject": "a red robot", "settings": [ "on a beach", "in the snow", "in a library", "on a boat" ] }'
 SETTINGS = ["on a beach", "in the snow", "in a library", "on a boat"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+TEMPLATE = ("{% for message in messages %}{{ message['content'] }} {% endfor %}"
+            "{% if add_generation_prompt %}<answer>{% endif %}")
 
 
 def make_chat_model(folder, steps):
@@ -254,7 +263,8 @@ def make_chat_model(folder, steps):
     words = ["<pad>", "</s>", "<unk>", "<answer>", *dict.fromkeys(ANSWER.split())]
     backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>",
+                                        unk_token="<unk>",
                                         extra_special_tokens=["<answer>"], chat_template=TEMPLATE)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
@@ -284,7 +294,7 @@ def test_a_chat_model_invents_subjects_and_its_answers_are_kept(flux, tmp_path, 
     code, _, err = call(generate_grids, *draw[1:], "--count", 2)
     assert code == 2 and "only 1 of " in err and "answers could be used" in err  # it repeats itself
     answers = sorted((out / "subjects").iterdir())
-    usable = next(dsd.read_json(file)["answer"] for file in answers if generate_grids.parse_llm(dsd.read_json(file)["answer"]))
+    usable = next(filter(generate_grids.parse_llm, (dsd.read_json(file)["answer"] for file in answers)))
     dsd.write_json(answers[-1], {"answer": usable.replace("robot", "fox")})
     monkeypatch.setattr(generate_grids, "load_llm", None)  # no model, no new answer
     run(*draw, "--count", 2)
@@ -293,7 +303,8 @@ def test_a_chat_model_invents_subjects_and_its_answers_are_kept(flux, tmp_path, 
 
 @pytest.mark.parametrize("answer, wanted", [
     (ANSWER, ("a red robot", SETTINGS)), (f"Sure!\n```json\n{ANSWER}\n```", ("a red robot", SETTINGS)),
-    ("", None), ("a red robot", None), ("{}", None), (ANSWER[:-3], None), (ANSWER.replace("on a boat", "On a Beach"), None),
+    ("", None), ("a red robot", None), ("{}", None), (ANSWER[:-3], None),
+    (ANSWER.replace("on a boat", "On a Beach"), None),
     (ANSWER.replace(', "on a boat"', ""), None), (ANSWER.replace("on a boat", "very " * 16), None),
     (ANSWER.replace("a red robot", ""), None), (ANSWER.replace("a red robot", "very " * 13), None),
     (ANSWER.replace('"on a boat"', "7"), None), ('["subject", "settings"]', None)])
@@ -334,10 +345,12 @@ def test_accepted_pairs_become_training_pairs_in_both_orders(curated, run, flux,
         assert r["prompt"].startswith("caption") and r["family"] in ("subject", "relight")
         assert (folder / r["reference_file_name"]).exists() and (folder / r["target_file_name"]).exists()
     summary = dsd.read_json(folder / "summary.json")
-    assert [summary[name] for name in ("asked", "yes", "no", "truncated", "unparsable", "training_pairs")] == [36, 6, 18, 6, 6, 12]
+    counted = {"asked": 36, "yes": 6, "no": 18, "truncated": 6, "unparsable": 6, "training_pairs": 12}
+    assert summary.items() >= counted.items()
     assert summary["accept_rate"] == pytest.approx(1 / 6, abs=1e-3)
     assert (folder / "accepted.png").exists() and (folder / "rejected.png").exists()
-    run("finetune", "--model", flux, "--pairs", folder, "--steps", 1, "--rank", 4, "--batch_size", 1, "--out", tmp_path / "a")
+    run("finetune", "--model", flux, "--pairs", folder, "--steps", 1, "--rank", 4, "--batch_size", 1, "--out",
+        tmp_path / "a")
 
 
 def test_datasets_reads_the_pairs_as_an_imagefolder(curated, tmp_path):
@@ -345,7 +358,7 @@ def test_datasets_reads_the_pairs_as_an_imagefolder(curated, tmp_path):
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     records = dsd.read_records(folder / "metadata.jsonl")
     assert {"reference", "target"} <= set(rows.column_names) and rows["prompt"][:] == [r["prompt"] for r in records]
-    assert rows[0]["target"].convert("RGB").tobytes() == dsd.open_image(folder / records[0]["target_file_name"]).tobytes()
+    assert difference(rows[0]["target"].convert("RGB"), dsd.open_image(folder / records[0]["target_file_name"])) == 0
 
 
 def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curated, run):
@@ -357,7 +370,8 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
         dsd.write_json(file, told)
     run(*start)
     records = dsd.read_records(folder / "metadata.jsonl")
-    assert [(r["reference_panel"], r["target_panel"]) for r in records if r["grid"] == 0] == [(0, 1), (1, 0), (0, 3), (3, 0)]
+    assert [(r["reference_panel"], r["target_panel"]) for r in records if r["grid"] == 0] == [(0, 1), (1, 0), (0, 3),
+                                                                                              (3, 0)]
     assert all(r["prompt"].startswith("caption") for r in records) and not [r for r in records if r["grid"] == 3]
     assert dsd.read_json(folder / "summary.json")["yes"] == 6
 
@@ -385,7 +399,8 @@ def settings_of(picture):
         return json.loads(image.text["dsd"])
 
 
-def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportions(chain, flux, reference, tmp_path, run):
+def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportions(chain, flux, reference, tmp_path,
+                                                                                   run):
     (tmp_path / "in").mkdir()
     shutil.copy(reference, tmp_path / "in" / "a.png")
     critter(5, [0, 0, 0]).save(tmp_path / "in" / "b.jpg")
@@ -393,12 +408,14 @@ def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportio
         (tmp_path / "in" / name).write_text("no picture")
     drawn = {}
     for fit in ("crop", "pad"):
-        run("sample", "--model", flux, "--adapter", chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE, "--image", tmp_path / "in",
+        run("sample", "--model", flux, "--adapter", chain[0] / "runs" / "adapter" / dsd.ADAPTER_FILE, "--image",
+            tmp_path / "in",
             "--prompt", "a {name} in space", "--steps", 1, "--fit", fit, "--out", tmp_path / fit)
-        assert [settings_of(tmp_path / fit / f"{i:04d}.png")["text"] for i in (0, 1)] == ["a a in space", "a b in space"]
+        assert [settings_of(tmp_path / fit / f"{i:04d}.png")["text"] for i in (0, 1)] == ["a a in space",
+                                                                                          "a b in space"]
         drawn[fit] = pictures(tmp_path / fit)
     assert len(drawn["pad"]) == 3 and drawn["crop"]["0000.png"] != drawn["pad"]["0000.png"]
-    assert dsd.open_image(tmp_path / "crop" / "0001.png").tobytes() == dsd.open_image(tmp_path / "pad" / "0001.png").tobytes()
+    assert difference(*[dsd.open_image(tmp_path / fit / "0001.png") for fit in drawn]) == 0  # it is square
 
 
 def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(chain, flux, reference, tmp_path, run):
@@ -408,7 +425,8 @@ def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(chain, flux,
     config["dsd"] = {"frames": 1, "width": 48, "height": 32, "image_guidance": 1.25, "text_guidance": 1.75}
     file.parent.mkdir()
     save_file(load_file(trained), file, {"lora_adapter_metadata": json.dumps(config)})
-    run("sample", "--model", flux, "--adapter", file.parent, "--image", reference, "--prompt", "a critter", "--steps", 1,
+    run("sample", "--model", flux, "--adapter", file.parent, "--image", reference, "--prompt", "a critter", "--steps",
+        1,
         "--text_guidance", 1, "--out", tmp_path / "out")
     told, kept = settings_of(tmp_path / "out" / "0000.png"), dsd.read_json(tmp_path / "out" / "settings.json")
     assert (told["image_guidance"], told["text_guidance"], kept["frames"]) == (1.25, 1, 1)
@@ -423,14 +441,17 @@ def test_sample_takes_the_released_layout(pipe, flux, reference, tmp_path, run):
     q, width = "transformer_blocks.0.attn.to_q", state["x_embedder.bias"].shape[0]
     state |= {f"{q}.lora_A.default.weight": torch.ones(2, width), f"{q}.lora_B.default.weight": torch.zeros(width, 2)}
     save_file(state, tmp_path / "released" / "transformer" / "diffusion_pytorch_model.safetensors")
-    save_file({f"transformer.{q}.lora_A.weight": torch.ones(2, width), f"transformer.{q}.lora_B.weight": torch.zeros(width, 2)},
+    save_file({f"transformer.{q}.lora_A.weight": torch.ones(2, width),
+               f"transformer.{q}.lora_B.weight": torch.zeros(width, 2)},
               tmp_path / "released" / dsd.ADAPTER_FILE)
-    run("sample", "--model", flux, "--adapter", tmp_path / "released", "--image", reference, "--prompt", "a {name} in space",
+    run("sample", "--model", flux, "--adapter", tmp_path / "released", "--image", reference, "--prompt",
+        "a {name} in space",
         "--steps", 1, "--out", tmp_path / "out")
     assert settings_of(tmp_path / "out" / "0000.png")["text"] == "a round horned critter in space"
 
 
-def test_sample_enhances_prompts_and_says_what_of_a_long_one_is_not_read(chain, vlm, reference, flux, tmp_path, run, monkeypatch):
+def test_sample_enhances_prompts_and_says_what_of_a_long_one_is_not_read(chain, vlm, reference, flux, tmp_path, run,
+                                                                         monkeypatch):
     draw = ["sample", "--model", flux, "--adapter", chain[0] / "runs" / "adapter", "--image", reference, "--prompt",
             "a critter in space", "red " * 70 + "hat", "--steps", 1, "--enhance", vlm, "--out", tmp_path]
     out, err = run(*draw)
