@@ -9,6 +9,7 @@ What each costs on two CPU cores, and how good it gets, is in miniature/README.m
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -33,6 +34,22 @@ import models  # noqa: E402
 import world  # noqa: E402
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
+@functools.cache
+def bfloat16_is_faster():
+    """Whether this CPU multiplies matrices faster in bfloat16: without instructions for it it is 100 times slower."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        begun = [(a @ a, time.perf_counter())[1] for _ in range(4)]
+        seconds[dtype] = begun[-1] - begun[0]  # three products, after a first one
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def autocast(device):
+    """bfloat16 where it is the faster, float32 elsewhere."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or bfloat16_is_faster())
+
+
 def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     """Train `module` for args.steps steps of AdamW and return it with its averaged (EMA) weights.
 
@@ -46,14 +63,15 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     ema.to(args.device)
     start = dsd.load_checkpoint(out / "checkpoint.safetensors", parameters, optimizer, ema)
     dsd.write_records(out / "log.jsonl", [r for r in dsd.read_records(out / "log.jsonl", step=int) if r["step"] < start])
-    # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
-    attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    # in bfloat16 on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
+    plain = args.device == "cpu" and bfloat16_is_faster()
+    attention = [SDPBackend.MATH] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_share(step, args.steps)
-        with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(attention):
+        with autocast(args.device), sdpa_kernel(attention):
             loss = loss_of_step(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -162,7 +180,7 @@ def encode_world(vae, layout, count, args):
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
             x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL)
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+            with torch.no_grad(), autocast(args.device):
                 z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
             captions += c
@@ -295,7 +313,7 @@ def through_vae(images, vae):
     """Panels (N, 3, s, s) in uint8, encoded and decoded."""
     parts = []
     for x in tqdm(images.split(32), desc="through the VAE"):
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with autocast(vae.device.type):
             y = vae.decode(vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist.mode()).sample
         parts.append(((y.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(parts)
