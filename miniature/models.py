@@ -178,12 +178,15 @@ def make_vlm(words):
     return model, processor
 
 
+POSE_NAMES = [pose or "standing" for pose in world.POSES]  # in labels; the prompt of a standing critter says nothing
+
+
 def judge_labels(poses=False):
     """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes; with poses,
     of an eleventh, the named pose."""
     attributes = (world.IDENTITY | world.CONTEXT).items()
     labels = [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
-    return labels + [f"pose: {pose or 'standing'}" for pose in world.POSES if poses]
+    return labels + [f"pose: {pose}" for pose in POSE_NAMES if poses]
 
 
 def make_judge(poses=False):
