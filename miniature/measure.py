@@ -114,8 +114,8 @@ def asked_pose(prompt):
 
 
 def named_identity(prompt):
-    """The identity that a panel's prompt names: 7 numbers, "a round horned critter pale red with blue dots and one eye",
-    or 2, "a round horned critter jumping on the beach"."""
+    """What a panel's prompt names: 7 numbers for "a round horned critter pale red with blue dots and one eye",
+    2 for "a round horned critter jumping on the beach"."""
     words = prompt.split()[1:11]
     named = words[:2]
     if words[3] in world.IDENTITY["tone"]:
