@@ -126,8 +126,7 @@ def named_identity(prompt):
 
 def measure_teacher(args):
     settings = json.loads((Path(args.model) / "dsd.json").read_text())["generate_grids"]
-    parts = {"vae": AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)} if args.vae else {}
-    pipe = dsd.load_pipeline(FluxPipeline, args.model, **parts)
+    pipe = dsd.load_pipeline(FluxPipeline, args.model)
     families = ["subject", "subject", "relight"]
     grids = [generate_grids.grammar_prompts(settings["grammar"], families, 10**9 + args.seed * 10**6 + i)
              | {"seed": 10**9 + args.seed * 10**6 + i} for i in range(args.count)]
