@@ -8,6 +8,8 @@ vlm      verdicts on rendered pairs, asked by curate.py's own code in its own wo
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
+
+A judge that knows the second edition's poses is measured on panels in all of them, and measures a teacher's too.
 """
 
 import sys
@@ -34,20 +36,25 @@ import models  # noqa: E402
 import pretrain  # noqa: E402
 import world  # noqa: E402
 
-NAMES = [*world.IDENTITY, *world.CONTEXT]
+NAMES = [*world.IDENTITY, *world.CONTEXT, "pose"]
+VALUES = [*lessons.VALUES, models.POSE_NAMES]
 ATTRIBUTES = {"shape": "shape", "ears": "ears", "colour": "colour", "tone": "tone", "second": "trim",
               "pattern": "pattern", "eyes": "eyes"}  # of the world -> the VLM's word for it
 SURE = 0.9  # probability of each attribute of both panels from which the judge counts as sure of a pair
 
 
 # ---- the VAE and the judge -------------------------------------------------------------------------------------------
-def held_out_panels(count, seed):
-    """`count` panels (count, 3, s, s) in [0, 1] of held-out critters and their ten attributes (count, 10)."""
+def held_out_panels(count, seed, posed=False):
+    """`count` panels (count, 3, s, s) in [0, 1] of held-out critters and their ten attributes (count, 10); posed: in
+    all named poses, and the pose is the eleventh."""
     generator = torch.Generator().manual_seed(seed + 2_000)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
-    context = world.draw_contexts(count, generator)
-    return (world.render(identity, context, world.draw_poses(count, generator), models.PANEL),
-            torch.cat([identity, context], 1))
+    context, pose = world.draw_contexts(count, generator), world.draw_poses(count, generator)
+    attributes = torch.cat([identity, context], 1)
+    if posed:
+        named = torch.arange(count) % len(world.POSES)
+        pose, attributes = world.in_pose(pose, named), torch.cat([attributes, named[:, None]], 1)
+    return world.render(identity, context, pose, models.PANEL), attributes
 
 
 @torch.inference_mode()
@@ -62,8 +69,8 @@ def measure_vae(args):
 
 
 def seen_by(judge, images):
-    """What the judge sees in some images: attributes by number (N, 10)."""
-    return torch.tensor([[values.index(word.replace("nothing", "")) for values, word in zip(lessons.VALUES, row.values())]
+    """What the judge sees in some images: attributes by number (N, 10), or (N, 11) with the pose."""
+    return torch.tensor([[values.index(word.replace("nothing", "")) for values, word in zip(VALUES, row.values())]
                          for row in judge(images)])
 
 
@@ -80,13 +87,15 @@ def muddled(images, vae, noise, seed):
 
 
 def measure_judge(args):
-    judge, (images, attributes) = exams.Judge(args.judge), held_out_panels(args.count, args.seed)
+    judge = exams.Judge(args.judge)
+    images, attributes = held_out_panels(args.count, args.seed, posed="pose" in judge.labels)
+    names = [*NAMES[:attributes.shape[1]], "all_identity", "all"]
     vae, result = AutoencoderKL.from_pretrained(args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32), {}
     for name, noise in {"as rendered": 0, "muddled by 0.3": .3, "muddled by 0.5": .5}.items():
         shown = muddled(images, vae, noise, args.seed) if noise else images
         right = seen_by(judge, [exams.to_image(x) for x in shown]) == attributes
         shares = [*right.float().mean(0), right[:, :7].all(1).float().mean(), right.all(1).float().mean()]
-        result[name] = dict(zip([*NAMES, "all_identity", "all"], (round(x.item(), 4) for x in shares)))
+        result[name] = dict(zip(names, (round(x.item(), 4) for x in shares)))
         print(f"{name}: " + ", ".join(f"{key} {share:.1%}" for key, share in result[name].items()))
     return {"panels": args.count, **result}
 
@@ -99,11 +108,20 @@ def asked_context(prompt):
     return [row.index(True) for row in found]
 
 
+def asked_pose(prompt):
+    """The number of the named pose that a panel's prompt asks for."""
+    return next((k for k, pose in enumerate(world.POSES) if pose and f" {pose} " in prompt), 0)
+
+
 def named_identity(prompt):
-    """The identity (7 numbers) that a panel's prompt names: "a round horned critter pale red with blue dots and one eye"."""
-    _, shape, ears, _, tone, colour, _, second, pattern, _, eyes = prompt.split()[:11]
-    words = shape, ears, colour, tone, second, pattern.replace("trim", "plain"), eyes
-    return [values.index(word) for values, word in zip(world.IDENTITY.values(), words)]
+    """What a panel's prompt names: 7 numbers for "a round horned critter pale red with blue dots and one eye",
+    2 for "a round horned critter jumping on the beach"."""
+    words = prompt.split()[1:11]
+    named = words[:2]
+    if words[3] in world.IDENTITY["tone"]:
+        tone, colour, _, second, pattern, _, eyes = words[3:]
+        named += [colour, tone, second, pattern.replace("trim", "plain"), eyes]
+    return [values.index(word) for values, word in zip(world.IDENTITY.values(), named)]
 
 
 def measure_teacher(args):
@@ -119,19 +137,35 @@ def measure_teacher(args):
             panels.append(dsd.cut_grid(image))
     seconds = (time.time() - begun) / args.count
     judge = exams.Judge(args.judge)
-    seen = seen_by(judge, [panel for four in panels for panel in four]).view(args.count, 4, 10)
+    seen = seen_by(judge, [panel for four in panels for panel in four]).view(args.count, 4, -1)
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
     named = torch.tensor([[named_identity(p) for p in grid["panel_prompts"]] for grid in grids])
     pairs = list(itertools.combinations(range(4), 2))
     equal = torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)  # (count, 6, 7)
     share = lambda x: round(x.float().mean().item(), 4)  # noqa: E731
     differing = (~equal).sum(2)
+    agree = lambda pairs: {  # noqa: E731; of some pairs, a mask (count, 6)
+        n: share(equal[pairs][:, k]) for k, n in enumerate(world.IDENTITY)} | {
+        "all": share(differing[pairs] == 0), "all but one": share(differing[pairs] <= 1),
+        "three or more differ": share(differing[pairs] > 2)}
     result = {"grids": args.count, "seconds_per_grid": round(seconds, 3),
               "context_right": {n: share(seen[..., 7 + k] == asked[..., k]) for k, n in enumerate(world.CONTEXT)}
-              | {"all": share((seen[..., 7:] == asked).all(-1))},
-              "identity_as_named": {n: share(seen[..., k] == named[..., k]) for k, n in enumerate(world.IDENTITY)},
-              "pairs_equal": {n: share(equal[..., k]) for k, n in enumerate(world.IDENTITY)}
-              | {"all": share(differing == 0), "all but one": share(differing <= 1)}}
+              | {"all": share((seen[..., 7:10] == asked).all(-1))},
+              "identity_as_named": {n: share(seen[..., k] == named[..., k])
+                                    for k, n in zip(range(named.shape[-1]), world.IDENTITY)},
+              "pairs_equal": agree(torch.ones_like(differing, dtype=torch.bool))}
+    if "pose" in judge.labels:
+        pose = torch.tensor([[asked_pose(p) for p in grid["panel_prompts"]] for grid in grids])
+        for k, name in enumerate(models.POSE_NAMES):
+            if (pose == k).any():
+                result[f"pose_right_{name}"] = share(seen[..., 10][pose == k] == k)
+        result["pose_right"] = share(seen[..., 10] == pose)
+        a, b = (pose[:, list(side)] for side in zip(*pairs))  # (count, 6)
+        turns = torch.tensor([turns for _, _, _, turns in world.POSES.values()])
+        turned = turns[a] != turns[b]
+        for name, mask in {"same pose": a == b, "moved": (a != b) & ~turned, "turned": (a != b) & turned}.items():
+            if mask.any():
+                result[f"pairs_equal, {name}"] = {"pairs": int(mask.sum())} | agree(mask)
     if args.vlm:
         some = panels[:170]
         model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(len(some)) for i, j in pairs]

@@ -12,7 +12,7 @@ import world
 PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
 VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens
 SHIFT = 3.0  # of the noise schedule, in training and in sampling
-TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 64}  # of a prompt, by layout: its longest has 21, 39 and 62
+TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 65}  # of a prompt, by layout: its longest has 24, 39 and 65
 PROMPT_TOKENS = TOKENS[2, 2]
 
 SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place move change draw now
@@ -26,6 +26,13 @@ def world_words():
     texts += [v for values in [*world.IDENTITY.values(), *world.CONTEXT.values()] for v in values]
     texts += [opening.format("scene") + " critters" for ways in world.SHEET_OPENINGS.values() for opening in ways]
     return sorted({word for text in texts for word in text.lower().split()})
+
+
+def flux_words():
+    """The words of the teacher: those of the first edition of the world, then at the end what the second one adds, so
+    that older weights can go on."""
+    first = world_words()
+    return first + sorted({word for pose in world.POSES for word in pose.split()} - set(first))
 
 
 def word_tokenizer(words, length, bos=False, extra=()):
@@ -56,7 +63,7 @@ def make_vae():
 
 def make_flux(vae):
     """A FluxPipeline of tiny parts around `vae`."""
-    words = world_words()
+    words = flux_words()
     clip_tokenizer = word_tokenizer(words, 77, bos=True)
     t5_tokenizer = word_tokenizer(words, PROMPT_TOKENS)
     clip = CLIPTextModel(CLIPTextConfig(
@@ -79,20 +86,26 @@ def subjects(count=4000):
     return [world.described(row, detailed=True) for row in identity]
 
 
-def flux_settings():
+def grammar(edition=world.FIRST):
+    """The prompts of grids. In the second edition they name shape and ears only, and each setting opens with a pose."""
+    opening, scenes, nouns = world.SHEET_OPENINGS[2, 2][0], world.CONTEXT["scene"], subjects()
+    if edition.poses > 1:
+        scenes = [f"{pose} {scene}".strip() for pose in list(world.POSES)[:edition.poses] for scene in scenes]
+        nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
+    return {"subject": opening.format("{subject}") + ": {panels}",
+            "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
+            "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS], "nouns": [nouns],
+            "scenes": scenes, "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}
+
+
+def flux_settings(edition=world.FIRST):
     """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
-    opening = world.SHEET_OPENINGS[2, 2][0]
     return {
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
             "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
-            "grammar": {
-                "subject": opening.format("{subject}") + ": {panels}",
-                "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
-                "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS],
-                "nouns": [subjects()],
-                "scenes": world.CONTEXT["scene"], "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}},
+            "grammar": grammar(edition)},
         "finetune": {
             "steps": 2000, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
             "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100, "validate_every": 400},
@@ -101,6 +114,14 @@ def flux_settings():
             "width": PANEL, "height": PANEL,
             "prompts": [f"a {{name}} {world.setting(c)}" for c in ([7, 0, 3], [1, 1, 1], [0, 3, 2], [5, 2, 0])],
             "references": "../references", "shipped_adapter": "../adapter"}}
+
+
+@torch.no_grad()
+def take_over(model, old):
+    """Give `model` the weights of `old`, which may know fewer words or labels: the new ones' rows stay as they are."""
+    weights = model.state_dict()
+    for name, weight in old.state_dict().items():
+        weights[name][tuple(slice(size) for size in weight.shape)] = weight
 
 
 def zero_init(transformer):
@@ -157,14 +178,21 @@ def make_vlm(words):
     return model, processor
 
 
-def judge_labels():
-    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes."""
-    return [f"{name}: {value or 'nothing'}" for name, values in (world.IDENTITY | world.CONTEXT).items() for value in values]
+POSE_NAMES = [pose or "standing" for pose in world.POSES]  # in labels; the prompt of a standing critter says nothing
 
 
-def make_judge():
-    """A small ConvNeXt whose logits are ten classifications side by side: take the argmax of each attribute's own."""
-    labels = dict(enumerate(judge_labels()))
+def judge_labels(poses=False):
+    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes; with poses,
+    of an eleventh, the named pose."""
+    attributes = (world.IDENTITY | world.CONTEXT).items()
+    labels = [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
+    return labels + [f"pose: {pose}" for pose in POSE_NAMES if poses]
+
+
+def make_judge(poses=False):
+    """A small ConvNeXt whose logits are ten or eleven classifications side by side: take the argmax of each attribute's
+    own."""
+    labels = dict(enumerate(judge_labels(poses)))
     return ConvNextForImageClassification(ConvNextConfig(
         image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,
         id2label=labels, label2id={label: i for i, label in labels.items()}))

@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dsd  # noqa: E402; first: see its head
 
 import argparse  # noqa: E402
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -86,8 +87,9 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
     log, start = resume(out, parameters, optimizer, ema)
     ema.to(args.device)
-    # on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
-    attention = [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    # in bfloat16 on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
+    plain = args.device == "cpu" and bfloat16_is_faster()
+    attention = [SDPBackend.MATH] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=name, mininterval=5)
     for step in bar:
@@ -197,14 +199,15 @@ def encode_world(vae, layout, count, args):
     """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
 
     Drawn and encoded once and kept on disk: each is then seen several times, every time with other noise."""
-    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}.safetensors"
+    edition = "" if args.edition == world.FIRST else f"_second_{args.edition.poses}"
+    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}{edition}.safetensors"
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts, captions, n = [], [], 32 // (layout[0] * layout[1])
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
-            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL)
+            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, edition=args.edition)
             with torch.no_grad(), autocast(args.device):
                 z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
@@ -217,12 +220,13 @@ def encode_world(vae, layout, count, args):
 
 def pretrain_flux(args):
     """Flow matching on panels, two-panel sheets and grids; the text encoders learn along with the transformer."""
-    vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
-    pipe = models.make_flux(vae)
+    vae = AutoencoderKL.from_pretrained(args.vae or args.out / "flux" / "vae", torch_dtype=torch.float32)
+    pipe = models.make_flux(vae.to(args.device))
     models.zero_init(pipe.transformer)
     if args.start:
-        old = FluxPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
-        pipe.register_modules(transformer=old.transformer, text_encoder=old.text_encoder, text_encoder_2=old.text_encoder_2)
+        old = FluxPipeline.from_pretrained(args.start, vae=vae, torch_dtype=torch.float32)
+        for part in ("transformer", "text_encoder", "text_encoder_2"):
+            models.take_over(getattr(pipe, part), getattr(old, part))
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     t5, part_of_word = pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6).to(args.device)
@@ -232,7 +236,7 @@ def pretrain_flux(args):
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     if args.export:
         load_averages("flux", net)
-        return write_flux(pipe, args.out / "flux")
+        return write_flux(pipe, args)
     side = models.PANEL // models.VAE_FACTOR
     kinds = []  # (latents, CLIP ids, T5 ids, position ids, batch size): the same number of image tokens a batch
     for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
@@ -269,7 +273,7 @@ def pretrain_flux(args):
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
-        prompts = world.sheets(12, torch.Generator().manual_seed(2))[1]
+        prompts = world.sheets(12, torch.Generator().manual_seed(2), edition=args.edition)[1]
         side = models.PANEL * 2
         images = pipe(prompts, negative_prompt=[""] * 12, true_cfg_scale=2.0, height=side, width=side,
                       num_inference_steps=20, max_sequence_length=models.PROMPT_TOKENS, output_type="pt",
@@ -280,7 +284,7 @@ def pretrain_flux(args):
         fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
         reader.train()
     fit("flux", net, loss_of_step, args, picture)
-    write_flux(pipe, args.out / "flux")
+    write_flux(pipe, args)
 
 
 def tokenize(pipe, captions, length):
@@ -301,10 +305,16 @@ def parts_of(t5_ids, tokenizer):
     return torch.where((panel == 0) & followed, 5, panel).masked_fill(t5_ids == tokenizer.pad_token_id, -100)
 
 
-def write_flux(pipe, folder):
-    """The FLUX folder in float16, with dsd.json beside the models."""
-    export(pipe.to(dtype=torch.float16).save_pretrained, folder)
-    dsd.write_json(folder / "dsd.json", models.flux_settings())
+def write_flux(pipe, args):
+    """The FLUX folder in float16, with dsd.json beside the models; without the VAE if --vae names another folder's."""
+    def save(part):
+        pipe.to(dtype=torch.float16).save_pretrained(part)
+        if args.vae:
+            shutil.rmtree(part / "vae")
+        for config in part.glob("text_encoder*/config.json"):  # so that stock lines load all parts as float32
+            dsd.write_json(config, dsd.read_json(config) | {"dtype": "float32"})
+    export(save, args.out / "flux")
+    dsd.write_json(args.out / "flux" / "dsd.json", models.flux_settings(args.edition))
 
 
 def draw_references(args, count=8):
@@ -399,24 +409,30 @@ def write_vlm(vlm, processor, folder):
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 def pretrain_judge(args):
-    """Name all ten attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little.
+    """Name all ten attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little; in the
+    second edition of the world an eleventh too, the named pose.
 
     It sees renderings only and shares no weights with the models that it judges."""
-    judge = models.make_judge()
+    posed = args.edition.poses > 1
+    judge = models.make_judge(posed)
     if args.start:
-        judge = type(judge).from_pretrained(args.start, dtype=torch.float32)
+        models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
     judge.to(args.device).train()
-    sizes = [len(values) for values in lessons.VALUES]
+    sizes = [len(values) for values in lessons.VALUES] + [len(world.POSES)] * posed
 
     def loss_of_step(step, generator):
         n = args.batch_size
         identity = world.identity_of(world.draw_identities(n, generator))
         context = world.draw_contexts(n, generator)
-        x = world.render(identity, context, world.draw_poses(n, generator), models.PANEL) * 2 - 1
+        pose, told = world.draw_poses(n, generator), [identity, context]
+        if posed:
+            named = torch.randint(args.edition.poses, (n,), generator=generator)
+            pose, told = world.in_pose(pose, named), [*told, named[:, None]]
+        x = world.render(identity, context, pose, models.PANEL) * 2 - 1
         clean = torch.rand(n, 1, 1, 1, generator=generator) < .5
         x = torch.where(clean, x, lessons.degrade(lessons.warp(x, generator), generator))
         logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
-        wanted = torch.cat([identity, context], 1).to(args.device)
+        wanted = torch.cat(told, 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
     judge = fit("judge", judge, loss_of_step, args)
@@ -429,6 +445,7 @@ COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=
             "references": (draw_references, {}),
             "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
             "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3))}
+EDITIONS = {"first": world.FIRST, "second": world.SECOND}
 
 
 def main():
@@ -437,6 +454,9 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--edition", choices=EDITIONS, default="first", help="flux, judge: of the world's sheets")
+    parser.add_argument("--poses", type=int, help="flux, judge: only the first so many of the world's named poses")
+    parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
     parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE only the "
                         "decoder goes on")
@@ -456,6 +476,9 @@ def main():
             setattr(args, key, value)
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.edition = EDITIONS[args.edition]
+    if args.poses:
+        args.edition = dataclasses.replace(args.edition, poses=args.poses)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     if not args.export and args.model != "references":  # an export may read beside the run that writes

@@ -1,6 +1,7 @@
 """The miniature's world: its identities, its held-out tenth, its pictures and its words."""
 
 import itertools
+import re
 
 import lessons
 import models
@@ -117,6 +118,26 @@ def test_relight_sheets_keep_scene_accessory_and_pose_and_change_only_the_light(
     assert (context[~relight, :, 0] != context[~relight, :1, 0]).any(1).float().mean() > .9
 
 
+@pytest.mark.parametrize("layout, unrelated, slips", [((2, 2), 1 / 3, .1), ((1, 2), 1 / 3, .1), ((1, 1), 0, 0)])
+def test_sheets_of_the_second_edition_slip_in_both_ways(drawn, layout, unrelated, slips):
+    _, captions = world.sheets(4000, torch.Generator().manual_seed(0), layout, edition=world.SECOND)
+    identity = drawn[0][0].view(4000, -1, 7)
+    assert words(drawn[0][0]) <= words(world.identity_of(ALL[~world.is_held_out(ALL)]))
+    assert (identity[:, :, :2] == identity[:, :1, :2]).all()
+    differing = (identity[:, :, None] != identity[:, None]).sum(3).flatten(1).amax(1)  # attributes of the worst pair
+    assert abs((differing > 2).float().mean() - unrelated) < .04  # a few unrelated critters differ in one or two
+    assert abs(((differing > 0) & (differing <= 2)).float().mean() - slips) < .04
+    assert any(" eyes" in caption for caption in captions) == (layout == (1, 1))
+
+
+def test_a_relight_sheet_has_one_named_pose_told_once_and_the_others_one_for_each_panel(drawn):
+    _, captions = world.sheets(1000, torch.Generator().manual_seed(0), edition=world.SECOND)
+    for caption, pose in zip(captions, drawn[0][2].view(1000, 4, 4)):
+        told = re.findall("|".join(filter(None, world.POSES)), caption)
+        moved = ((pose[:, 0].abs() > .2) | (pose[:, 2] < 1.05)).sum()  # to a side, or smaller: not standing
+        assert len(told) == (moved > 0 if "scene, a" in caption else moved), caption
+
+
 def test_panels_stand_in_reading_order():
     images, captions = world.sheets(3, torch.Generator().manual_seed(0), (2, 2), 16)
     seen = []
@@ -168,6 +189,24 @@ def test_every_value_of_the_context_looks_different(column):
         assert (images[a] - images[b]).abs().amax(0).gt(.05).sum() >= 20, (a, b)
 
 
+@pytest.mark.parametrize("pose, right, down, wide", [
+    ("", 0, 0, False), ("on the left", -5, 0, False), ("on the right", 5, 0, False), ("jumping", 0, -5, False),
+    ("lying down", 0, 0, True), ("upside down", 0, 0, False)])
+def test_a_critter_is_where_its_pose_says(pose, right, down, wide):
+    def eyes_and_body(pose):  # the pixels that depend on a tall critter's main colour, and on its number of eyes
+        stand = world.in_pose(POSE, torch.tensor([list(world.POSES).index(pose)])).repeat(3, 1)
+        identity = torch.tensor([[2, 0, 0, 0, 7, 0, 0], [2, 0, 5, 0, 7, 0, 0], [2, 0, 0, 0, 7, 0, 2]])
+        images = world.render(identity, torch.zeros(3, 3, dtype=torch.long), stand, 32)
+        body, eyes = ((image - images[0]).abs().amax(0).gt(.1).nonzero().float() for image in images[1:])
+        return body.mean(0), eyes.mean(0), body.amax(0) - body.amin(0)
+    body, eyes, size = eyes_and_body(pose)
+    standing = eyes_and_body("")[0]
+    if pose in ("", "on the left", "on the right", "jumping"):
+        assert abs(body - standing - torch.tensor([down, right])).amax() < 1, body - standing
+    assert (size[1] > size[0]) == wide
+    assert (eyes[0] > body[0] + .5) == (pose == "upside down")
+
+
 def test_warp_moves_a_spot_by_one_to_three_pixels_and_differently_in_every_panel():
     line = torch.arange(32.)
     spot = torch.exp(-((line[:, None] - 16)**2 + (line - 16)**2) / 8).expand(64, 3, 32, 32)
@@ -202,6 +241,28 @@ def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(to
         texts += world.sheets(300, torch.Generator().manual_seed(1), layout, 8)[1]
     texts += [world.panel_caption(row, context, True) for row, context in zip(world.identity_of(ALL[::500]), everything)]
     check_tokens(tokenizers, texts)
+
+
+@pytest.mark.parametrize("pose, text", [
+    (0, "on the beach at sunset with a hat"), (1, "on the left on the beach at sunset with a hat"),
+    (3, "jumping on the beach at sunset with a hat"), (5, "upside down on the beach at sunset with a hat")])
+def test_the_pose_is_told_first(pose, text):
+    row, context = [0, 3, 0, 0, 1, 0, 0], [1, 1, 1]
+    assert world.setting(context, pose=pose) == text
+    assert world.panel_caption(row, context, pose=pose) == f"a round horned critter {text}"
+    sheet = world.sheet_caption(row, [[0, 0, 0], context], (1, 2), poses=(0, pose))
+    assert sheet.endswith(f"round horned critter: first in the snow at noon, second {text}")
+    sheet = world.sheet_caption(row, [context] * 2, (1, 2), relight=True, poses=(pose, pose))
+    assert f"a round horned critter {text.replace('at sunset ', '')}: first at sunset, second at sunset" in sheet
+
+
+def test_the_teacher_reads_every_caption_of_the_second_edition_whole(drawn):
+    tokenizer, first = (models.word_tokenizer(words, 77) for words in (models.flux_words(), models.world_words()))
+    assert tokenizer.get_vocab().items() >= first.get_vocab().items()  # older weights keep their words
+    for layout, length in models.TOKENS.items():
+        captions = world.sheets(3000, torch.Generator().manual_seed(1), layout, edition=world.SECOND)[1]
+        rows = tokenizer(captions).input_ids
+        assert max(map(len, rows)) <= length and not any(tokenizer.unk_token_id in row for row in rows)
 
 
 def test_about_a_fifth_of_the_grids_captions_name_the_details(drawn):
