@@ -32,6 +32,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -258,7 +259,11 @@ def save_adapter(transformer, folder, facts, dtype=torch.float32):
 
 
 def adapter_facts(adapter):
-    """An adapter's file (given as that or its folder), and what finetune.py says of it: {"frames": 2, ...} or {}."""
+    """The file of an adapter, which is given as a folder, a file or a hub name, and what finetune.py says of it:
+    {"frames": 2, ...} or {}."""
+    if not Path(adapter).exists() and (name := Path(adapter).as_posix()).count("/") == 1:
+        with explained(f"no adapter {name}, neither here nor on the hub"):
+            adapter = snapshot_download(name, allow_patterns=[ADAPTER_FILE, "transformer/*.safetensors"])
     file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
     if not file.is_file():
         raise DsdError(f"no adapter ({ADAPTER_FILE}) in {adapter}; train one with finetune.py or give --adapter")

@@ -131,7 +131,7 @@ def llm_prompts(args):
                 dsd.write_json(file, {"answer": ask_llm(*model, int(file.stem), args.seed)})
         state.wait_for_everyone()
         for subject, phrases in filter(None, (parse_llm(dsd.read_json(file)["answer"]) for file in files)):
-            grids.setdefault(subject.lower(), grid_prompt(args.grammar, "subject", subject, "", phrases))  # the first one
+            grids.setdefault(subject.lower(), grid_prompt(args.grammar, "subject", subject, "", phrases))
         asked += len(files)
     return list(grids.values())[:args.count]
 

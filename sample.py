@@ -100,7 +100,7 @@ def parse_args():
     parser = dsd.Parser(__doc__, "runs/samples")
     add, amount = parser.add_argument, dsd.at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, or the file (default: see above)")
+    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, that file, or hub name (see above)")
     add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")

@@ -86,7 +86,7 @@ def test_unmodified_diffusers_loads_the_adapter_and_predicts_the_students_veloci
     assert set(pipe.transformer.x_embedder.scaling.values()) == {1.0}
 
 
-def test_the_file_holds_the_condition_columns_exactly_and_its_metadata_ranks_and_facts(tmp_path):
+def test_the_file_holds_the_condition_columns_exactly_and_its_metadata_ranks_and_facts(tmp_path, monkeypatch):
     model = trained()
     dsd.save_adapter(model, tmp_path, FACTS)
     tensors = load_file(tmp_path / dsd.ADAPTER_FILE)
@@ -100,6 +100,10 @@ def test_the_file_holds_the_condition_columns_exactly_and_its_metadata_ranks_and
     assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {"x_embedder": 64}
     file = tmp_path / dsd.ADAPTER_FILE
     assert dsd.adapter_facts(tmp_path) == dsd.adapter_facts(file) == (file, FACTS)
+    monkeypatch.setattr(dsd, "snapshot_download", lambda name, allow_patterns: {"owner/name": str(tmp_path)}[name])
+    assert dsd.adapter_facts("owner/name") == (file, FACTS)
+    with pytest.raises(dsd.DsdError, match="no adapter owner/other"):
+        dsd.adapter_facts("owner/other")
     dsd.save_adapter(model, tmp_path / "half", FACTS, torch.float16)
     assert {t.dtype for t in load_file(tmp_path / "half" / dsd.ADAPTER_FILE).values()} == {torch.float16}
 
