@@ -1,10 +1,20 @@
-"""What FLUX.1-dev costs in arithmetic and memory, computed without running it: no GPU, no weights, a minute.
+"""Know before you start: what a recipe needs on a card, computed without running it. No GPU, no weights, a minute.
 
-    python miniature/computed.py              # 512-pixel panels, rank 16, 64 and 512
+    python miniature/computed.py --recipe evening               # a recipe of the README: evening, 16, 24 or 80
+    python miniature/computed.py --card 24 --quantize nf4 --count 2000 --panel 512 --rank 64
+    python miniature/computed.py --card 24 --model FOLDER       # sizes from a local folder instead of FLUX.1-dev's
 
-Tensors on the meta device have a size and no content: operations are counted and allocations added up as torch would
-make them. Three transformers of one or two blocks of each kind stand for the 19 and 38 of FLUX.1: both costs are linear
-in them. Not in these figures: CUDA itself (about half a GB), what the allocator wastes (a few percent).
+For each step it prints pictures, tokens, the peak of the card's memory, hours and disk. An option means what it means
+in the scripts; --grid_steps and --sample_steps are --steps of the first and the last, --vlm_batch_size is curate.py's.
+
+Memory: tensors on the meta device have a size and no content. The code of diffusers, transformers and PEFT runs on
+them, and the bytes alive at once are added up: in training with autocast's float32 norms and the gradients, in
+validation and sampling with all guided passes, and the VAE's pictures. To these come the weights (in nf4 every linear
+layer but the embedder and T5's `wo`, which stay in bfloat16), LoRA with AdamW's moments (of 8 bits beside nf4), half a
+GB for CUDA and 5 % that the allocator wastes. Attention is taken to be fused. A checkpoint is copied to main memory and
+needs nothing. The VLM is estimated from its size, see `curation`.
+
+Time: the arithmetic of those runs at 45 % of --tflops. In nf4 each pass also writes every weight once in bfloat16.
 """
 
 import sys
@@ -15,34 +25,49 @@ import dsd  # noqa: E402; first: see its head
 
 import argparse  # noqa: E402
 import functools  # noqa: E402
+import math  # noqa: E402
+import unittest.mock  # noqa: E402
 import weakref  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 
 import torch  # noqa: E402
-from diffusers import FluxTransformer2DModel  # noqa: E402
+from diffusers import AutoencoderKL, FluxTransformer2DModel  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
 
 import random_models  # noqa: E402
 
-TYPE = torch.bfloat16
-BYTES = {"none": 2, "nf4": .516}  # a weight on a GPU; nf4: 4 bits, and 8 bits for each block of 64
-PARAMETERS = {"transformer": 11.9e9, "text encoders": 4.9e9}  # of FLUX.1
+BF16 = torch.bfloat16
+NF4_BYTES = .5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, 8 for each block of 64, 32 for 256 blocks
+UTILISATION, WASTE, CUDA_BYTES = .45, .05, .5e9
+PNG_BYTES = 1.6  # of a pixel of a photograph
+ASKED, ACCEPTED, CAPTIONS = 6, .35, 3  # of a grid: pairs asked about, share accepted (as in UNO), panels captioned
+SMALL = {"quantize": "nf4", "count": 1000, "panel": 256, "grid_steps": 20, "steps": 3000}
+RECIPES = {"evening": {"card": 24, **SMALL, "vlm_batch_size": 24},
+           "16": {"card": 16, **SMALL, "offload": "model", "vlm_billions": 3.8},
+           "24": {"card": 24, "quantize": "nf4", "count": 2000},
+           "80": {"card": 80, "count": 2000, "vlm_batch_size": 32, "batch_size": 4}}
 
 
-class Memory(TorchDispatchMode):
-    """`peak`: the most bytes alive at once in storages that were made within it."""
+# ---- counting on tensors without content -----------------------------------------------------------------------------
+class Counter(TorchDispatchMode):
+    """`peak`: the most bytes alive at once in storages that were made within it; `operations`: of its products."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak, self.operations = {}, 0, 0, 0
 
     def free(self, key):
         self.now -= self.alive.pop(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-        out = function(*args, **(kwargs or {}))
+        out = function(*args, **kwargs)
         for storage in [t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)]:
             key = storage._cdata
             if key not in given and key not in self.alive:
@@ -50,95 +75,254 @@ class Memory(TorchDispatchMode):
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.free, key)
         self.peak = max(self.peak, self.now)
+        if function._overloadpacket in flop_registry:
+            self.operations += flop_registry[function._overloadpacket](*args, **kwargs, out_val=out)
         return out
 
 
-def costs(work):
-    """(operations, peak bytes) of `work`."""
-    with FlopCounterMode(display=False) as counter:
+class Autocast(TorchFunctionMode):
+    """What torch.autocast does on a GPU; it leaves meta tensors alone."""
+    DTYPES = {"linear": BF16, "conv2d": BF16,
+              **dict.fromkeys(["layer_norm", "rms_norm", "group_norm", "pow", "rsqrt"], torch.float32)}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, dtype = kwargs or {}, self.DTYPES.get(getattr(function, "__name__", ""))
+        if dtype:
+            args, kwargs = tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) else t, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+class Linear4bit(torch.nn.Linear):
+    """bitsandbytes' layer, as far as memory goes: the output has the number format of the input, and PEFT copies it."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x.to(BF16), self.weight, self.bias).to(x.dtype).clone()
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention as it is on a GPU: the matrix of scores is never whole."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query.to(BF16), key.to(BF16), value.to(BF16))[0]
+
+
+def measure(work, autocast=False, grad=False):
+    """The Counter of `work`, which makes its own inputs."""
+    attention = unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
+    with (torch.device("meta"), attention, torch.set_grad_enabled(grad), Autocast() if autocast else nullcontext(),
+          Counter() as counter):
         work()
-    with Memory() as memory:
-        work()
-    return torch.tensor([counter.get_total_flops(), memory.peak], device="cpu", dtype=torch.float64)
+    return counter
 
 
-def whole(cost):
-    """cost(double blocks, single blocks) -> the costs of FLUX.1's 19 and 38."""
-    one, double, single = cost(1, 1), cost(2, 1), cost(1, 2)
-    return (one + 18 * (double - one) + 37 * (single - one)).tolist()
+# ---- the model -------------------------------------------------------------------------------------------------------
+def load_transformer(args):
+    config = {"guidance_embeds": True} | part_config(args, "transformer")
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config).to(BF16)
 
 
-def transformer(double, single, rank=0):
-    model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True).to(TYPE)
-    return dsd.add_lora(dsd.widen(model), rank).to(TYPE) if rank else model
+def part_config(args, name):
+    return dsd.read_json(Path(args.model) / name / "config.json") if args.model else random_models.FLUX_1[name]
 
 
-def predict(model, width, height, batch=1):
-    """One pass for a picture of width x height pixels and prompts of 512 tokens."""
-    tokens = torch.randn(batch, width * height // 256, model.config.in_channels, dtype=TYPE)
-    text = torch.randn(batch, 512, 4096, dtype=TYPE), torch.randn(batch, 768, dtype=TYPE)
-    ids = torch.zeros(tokens.shape[1], 3)
-    return dsd.run_transformer(model, tokens, torch.rand(batch, dtype=TYPE), text, ids, 3.5)
+def is_quantised(name, module, args):
+    """Whether a layer is of 4 bits: not the embedder, which gets wider, and not T5's `wo`, which transformers keeps."""
+    kept = name == "x_embedder" or name.split(".")[-1] == "wo"
+    return args.quantize == "nf4" and isinstance(module, torch.nn.Linear) and not kept
 
 
-def training(rank, side, checkpointing=True):
-    def cost(double, single):
-        model = transformer(double, single, rank).train()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-
-        def step():
-            predict(model, 2 * side, side).float().square().mean().backward()
-            model.zero_grad()
-        step()
-        return costs(step)
-    return whole(cost)
+def weight_bytes(model, args):
+    """Bytes of a model's weights on the card."""
+    sizes = {id(p): p.numel() * (NF4_BYTES if key == "weight" and is_quantised(name, module, args) else 2)
+             for name, module in model.named_modules() for key, p in module.named_parameters(recurse=False)}
+    return sum(sizes.values())  # a tied weight, which is in two modules, counts once
 
 
-def drawing(width, height, batch=1):
-    with torch.no_grad():
-        return whole(lambda *blocks: costs(
-            functools.partial(predict, transformer(*blocks).eval(), width, height, batch)))
+def make_student(args):
+    """The transformer as finetune.py trains it: widened, with LoRA in float32."""
+    transformer = load_transformer(args)
+    for name, module in transformer.named_modules():
+        if is_quantised(name, module, args):
+            module.__class__ = Linear4bit
+    with torch.device("meta"):
+        student = dsd.add_lora(dsd.widen(transformer), args.rank)
+    for p in student.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing(functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), Autocast())))  # recomputed in it too
+    return student
 
 
-def decoding(width, height):
-    vae = random_models.make_vae(random_models.FLUX_1["vae"]).to(TYPE)
-    with torch.no_grad():
-        return costs(lambda: vae.decode(torch.randn(1, 16, height // 8, width // 8, dtype=TYPE))).tolist()
+class Recipe:
+    """The rows of the table: one method a row. `batch` counts pictures or canvases that are computed together."""
+
+    def __init__(self, args):
+        self.args, self.teacher, self.student = args, load_transformer(args), make_student(args)
+        with torch.device("meta"):
+            vae = part_config(args, "vae")
+            self.vae = (AutoencoderKL.from_config(vae) if args.model else random_models.make_vae(vae)).to(BF16)
+            self.t5 = T5EncoderModel(T5Config(**{"feed_forward_proj": "gated-gelu"}
+                                              | part_config(args, "text_encoder_2"))).to(BF16)
+            clip = CLIPTextModel(CLIPTextConfig(**part_config(args, "text_encoder")))
+        self.side = 2 ** len(self.vae.config.block_out_channels)  # of a token, in pixels
+        self.weights = {"text": weight_bytes(self.t5, args) + weight_bytes(clip, args),
+                        "transformer": weight_bytes(self.teacher, args), "vae": weight_bytes(self.vae, args)}
+        self.lora = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.moments = 2 if args.quantize == "nf4" else 8
+        self.passes = sum(w != 0 for w in (1 - args.image_guidance, args.image_guidance - args.text_guidance,
+                                           args.text_guidance))  # of a guided step; see dsd.guided_velocity
+        layers = [p.numel() * (args.quantize == "nf4") for p in self.teacher.parameters() if p.ndim == 2]
+        self.unpacked = 2 * max(layers)  # bytes of the one weight that is in bfloat16 at a time
+        self.unpacking = sum(layers) * (2 + NF4_BYTES) / (2e12 if args.card >= 40 else .9e12)  # seconds a pass
+        self.canvas = 2 * args.panel, args.panel
+        self.canvas_tokens = 2 * (args.panel // self.side) ** 2 + args.prompt_tokens
+
+    def seconds(self, operations, passes=0):
+        return operations / (self.args.tflops * 1e12 * UTILISATION) + passes * self.unpacking
+
+    def row(self, step, pictures, tokens, alive, seconds, disk):
+        peak = (alive * (1 + WASTE) + CUDA_BYTES) / 1e9
+        return {"step": step, "pictures": pictures, "tokens a pass": tokens, "peak GB": round(peak, 1),
+                "fits": "yes" if peak <= self.args.card else "NO", "hours": round(seconds / 3600, 2),
+                "disk GB": round(disk / 1e9, 1)}
+
+    def run(self, model, batch, width, height, prompt_tokens):
+        """One pass of the transformer."""
+        tokens = torch.randn(batch, width * height // self.side ** 2, model.config.in_channels, dtype=BF16)
+        text = (torch.randn(batch, prompt_tokens, model.config.joint_attention_dim, dtype=BF16),
+                torch.randn(batch, model.config.pooled_projection_dim, dtype=BF16))
+        ids = torch.zeros(tokens.shape[1], 3)
+        return dsd.run_transformer(model, tokens, torch.rand(batch, dtype=BF16), text, ids, 3.5)
+
+    def train_step(self):
+        self.run(self.student, self.args.batch_size, *self.canvas, self.args.prompt_tokens).float().mean().backward()
+        self.student.zero_grad()
+
+    def decode(self, batch, width, height, **how):
+        shape = batch, self.vae.config.latent_channels, 2 * height // self.side, 2 * width // self.side
+        return measure(lambda: self.vae.decode(torch.randn(shape, dtype=BF16)), **how)
+
+    def encode(self, batch, width, height, **how):
+        return measure(lambda: self.vae.encode(torch.randn(batch, 3, height, width).to(BF16)), **how)
+
+    def encode_text(self, batch, tokens):
+        return measure(lambda: self.t5(torch.zeros(batch, tokens, dtype=torch.long)))
+
+    def place(self, weights, needs):
+        """Bytes of a pipeline of which one part works at a time. Quantised parts are all made on the card at first."""
+        if self.args.offload == "none":
+            return sum(weights.values()) + max(needs.values())
+        made = sum(weights.values()) if self.args.quantize == "nf4" else 0
+        return max(made, *(weights[part] + needs[part] for part in weights))
+
+    def grids(self):
+        args, size = self.args, 2 * self.args.panel
+        text, picture = self.encode_text(1, 512), self.decode(1, size, size)
+        step = measure(lambda: self.run(self.teacher, 1, size, size, 512))
+        needs = {"text": text.peak, "transformer": step.peak + self.unpacked, "vae": picture.peak}
+        one = self.seconds(text.operations + args.grid_steps * step.operations + picture.operations, args.grid_steps)
+        return self.row("1 generate_grids.py", args.count, (size // self.side) ** 2 + 512,
+                        self.place(self.weights, needs), args.count * one, args.count * PNG_BYTES * size ** 2)
+
+    def curation(self):
+        """By rule, for a VLM in bfloat16: a token holds 60 kB of keys and values and, while the question is read, 250
+        kB of activations; a token of a picture covers 28x28 pixels; answers have 300 tokens, captions 50; a token of
+        a batch reads all weights once, which takes at least 30 ms."""
+        args, bytes_ = self.args, 2e9 * self.args.vlm_billions
+        picture, asked, captions = math.ceil(args.panel / 28) ** 2, ASKED * args.count, CAPTIONS * args.count
+        question = 2 * picture + 120
+        token = max(.03, bytes_ / (2e12 if args.card >= 40 else .9e12))
+        seconds = (asked * 300 + captions * 50) / args.vlm_batch_size * token
+        seconds += self.seconds(bytes_ * (asked * question + captions * (picture + 30)))
+        alive = bytes_ + args.vlm_batch_size * ((question + 400) * 60e3 + question * 250e3)
+        return self.row("2 curate.py", 4 * args.count, question, alive, seconds,
+                        4 * args.count * PNG_BYTES * args.panel ** 2)
+
+    def encoding(self):
+        args, pairs = self.args, round(2 * ASKED * ACCEPTED * self.args.count)
+        batch = 32 if args.panel < 512 else 4  # as in finetune.encode_pairs
+        text, canvas = self.encode_text(batch, args.prompt_tokens), self.encode(batch, *self.canvas)
+        latents = 2 * (self.canvas_tokens - args.prompt_tokens) * self.teacher.config.in_channels
+        return self.row("3 finetune.py: encoding", pairs, "", self.weights["text"] + self.weights["vae"] + max(
+            text.peak, canvas.peak), pairs / batch * self.seconds(text.operations + 2 * canvas.operations),
+            2 * pairs * (latents + args.prompt_tokens * self.t5.config.d_model))
+
+    def training(self):
+        args, self.student = self.args, self.student.train()
+        step = measure(self.train_step, autocast=True, grad=True)
+        update = self.lora * (12 if args.quantize == "none" else 4)  # gradients; AdamW in float32 makes two copies
+        self.resident = self.weights["transformer"] + self.weights["vae"] + self.lora * (4 + self.moments)
+        return self.row("3 finetune.py: training", args.steps * args.batch_size, args.batch_size * self.canvas_tokens,
+                        self.resident + max(step.peak + self.unpacked, update), args.steps * self.seconds(
+                            step.operations, 3 if args.gradient_checkpointing else 2),
+                        self.lora * 2 * (2 + 4 + self.moments))  # adapter and state, written aside and renamed
+
+    def drawing(self, batch, steps, **how):
+        """A batch of pictures for references: {part: bytes}, seconds, and the operations of one pass of one canvas."""
+        n, student = self.passes, self.student.eval()
+        step = measure(lambda: self.run(student, n * batch, *self.canvas, self.args.prompt_tokens), **how)
+        picture, reference = self.decode(batch, *self.canvas, **how), self.encode(batch, *self.canvas, **how)
+        unguided = min(2, steps)
+        operations = (steps - unguided + unguided / n) * step.operations + picture.operations + reference.operations
+        return ({"transformer": step.peak + self.unpacked, "vae": max(picture.peak, reference.peak)},
+                self.seconds(operations, steps), step.operations / (n * batch))
+
+    def validation(self):
+        args, batch = self.args, min(self.args.batch_size, 6)
+        needs, seconds, one = self.drawing(batch, 20, autocast=True)
+        times = math.ceil(args.steps / args.validate_every)
+        return self.row("3 finetune.py: validation", 6 * times, batch * self.passes * self.canvas_tokens,
+                        self.resident + max(needs.values()), times * (
+                            6 / batch * seconds + self.seconds(24 * one, 24)), 0)
+
+    def sampling(self):
+        args, text = self.args, self.encode_text(1, self.args.prompt_tokens)
+        needs, seconds, _ = self.drawing(1, args.sample_steps)
+        weights = self.weights | {"transformer": self.weights["transformer"] + 2 * self.lora}
+        return self.row("4 sample.py", args.pictures, self.passes * self.canvas_tokens,
+                        self.place(weights, needs | {"text": text.peak}), args.pictures * (
+                            seconds + self.seconds(2 * text.operations)), args.pictures * PNG_BYTES * args.panel ** 2)
+
+    def rows(self):
+        return [self.grids(), self.curation(), self.encoding(), self.training(), self.validation(), self.sampling()]
 
 
-def weights(kind, *parts):
-    return sum(PARAMETERS[part] for part in parts) * BYTES[kind]
+# ---- command line ----------------------------------------------------------------------------------------------------
+def parse_args(given=None):
+    style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Formatter", style, {}))
+    add, positive, amount = parser.add_argument, dsd.at_least(1), dsd.at_least(0, float)
+    add("--recipe", choices=list(RECIPES), help="options of a recipe in the README; those that are given override them")
+    add("--card", type=amount, default=24, help="GB of the card's memory")
+    add("--model", help="folder whose configurations give the sizes instead of FLUX.1-dev's")
+    add("--tflops", type=amount, help="dense bfloat16 of the card (default: 120, and 650 from 40 GB on)")
+    add("--quantize", choices=["none", "nf4"], default="none", help="of steps 1, 3 and 4")
+    add("--offload", choices=["none", "model"], default="none", help="of steps 1 and 4")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="in training")
+    for name, default in (
+            ("count", 100), ("panel", 512), ("grid_steps", 28), ("vlm_batch_size", 8), ("steps", 10_000), ("rank", 64),
+            ("batch_size", 1), ("prompt_tokens", 128), ("validate_every", 500), ("pictures", 24), ("sample_steps", 28)):
+        add(f"--{name}", type=positive, default=default, help=" ")
+    add("--vlm_billions", type=amount, default=8.3, help="parameters: Qwen2.5-VL-7B has 8.3, -3B 3.8")
+    for name in ("image_guidance", "text_guidance"):
+        add(f"--{name}", type=amount, default=1.0, help="of validation and of step 4")
+    if recipe := parser.parse_known_args(given)[0].recipe:
+        parser.set_defaults(**RECIPES[recipe])
+    args = parser.parse_args(given)
+    args.tflops = args.tflops or (650 if args.card >= 40 else 120)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--panel", type=int, default=512, help="side of a panel in pixels")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 64, 512])
-    side, ranks = parser.parse_args().panel, parser.parse_args().rank
-    print("| one | TFLOP | GB, bfloat16 | GB, nf4 |\n|---|---|---|---|")
-
-    def line(name, operations, gb):
-        print(f"| {name} | {operations / 1e12:.1f} | " + " | ".join(f"{gb(kind) / 1e9:.1f}" for kind in BYTES),
-              "|")
-
-    with torch.device("meta"):
-        both = ["transformer", "text encoders"]
-        for name, size, passes in (("step of a grid", (2 * side, 2 * side), 1),
-                                   ("step of an image", (2 * side, side), 1),
-                                   ("guided step of an image", (2 * side, side), 3)):
-            (operations, activations), (_, decoder) = drawing(*size, passes), decoding(*size)
-            line(name, operations, lambda kind: weights(kind, *both) + max(activations, decoder))
-        for rank in ranks:
-            operations, activations = training(rank, side)
-            count = sum(p.numel() for p in transformer(19, 38, rank).parameters() if p.requires_grad)
-            # LoRA: weight and gradient of 4 bytes each, a copy of 2 for autocast, moments of 8, or 2 if quantised
-            line(f"training step, rank {rank}, checkpointing", operations, lambda kind: (
-                weights(kind, "transformer") + count * (18 if kind == "none" else 12) + activations + .2e9))
-        operations, activations = training(ranks[0], side, checkpointing=False)
-        print(f"\nWithout checkpointing a training step is {operations / 1e12:.1f} TFLOP and its activations "
-              f"{activations / 1e9:.0f} GB.")
+    args = parse_args()
+    rows = Recipe(args).rows()
+    print(f"Computed, not measured: a card of {args.card:g} GB, {UTILISATION:.0%} of {args.tflops:g} TFLOP/s.\n")
+    print(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row.values())} |")
+    hours, disk = (sum(row[name] for row in rows) for name in ("hours", "disk GB"))
+    print(f"\n{hours:.1f} hours and {disk:.0f} GB of disk in all, besides downloading and loading the models.")
 
 
 if __name__ == "__main__":
-    main()
+    dsd.run_main(main)
