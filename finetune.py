@@ -70,7 +70,7 @@ def encode_pairs(pipe, pairs, args, accelerator):
     """Encode the pairs whose files in the cache are missing, a few at a time; several processes share them.
 
     With --frames 1 (an ablation) the target is the whole canvas, and the reference its condition."""
-    n = 32 if args.height < 512 else 4  # the VAE would need 19 GB for 32 canvases of FLUX.1's size
+    n = 32 if args.height < 512 else 4  # the VAE would need 22 GB for 32 canvases of FLUX.1's size
     parts = [pairs[i:i + n] for i in range(0, len(pairs), n)]  # the same ones after an interruption
     for part in tqdm(parts[accelerator.process_index::accelerator.num_processes], desc="encode", unit="batch",
                      disable=not accelerator.is_main_process):
