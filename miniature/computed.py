@@ -104,10 +104,10 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     return torch.ops.aten._scaled_dot_product_flash_attention(query.to(BF16), key.to(BF16), value.to(BF16))[0]
 
 
-def measure(work, autocast=False, grad=False):
+def measure(work, autocast=False, grad=False, device="meta"):
     """The Counter of `work`, which makes its own inputs."""
     attention = unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with (torch.device("meta"), attention, torch.set_grad_enabled(grad), Autocast() if autocast else nullcontext(),
+    with (torch.device(device), attention, torch.set_grad_enabled(grad), Autocast() if autocast else nullcontext(),
           Counter() as counter):
         work()
     return counter
