@@ -294,21 +294,23 @@ def parse_args(given=None):
     add, positive, amount = parser.add_argument, dsd.at_least(1), dsd.at_least(0, float)
     add("--recipe", choices=list(RECIPES), help="options of a recipe in the README; those that are given override them")
     add("--card", type=amount, default=24, help="GB of the card's memory")
-    add("--model", help="folder whose configurations give the sizes instead of FLUX.1-dev's")
-    add("--tflops", type=amount, help="dense bfloat16 of the card (default: 120, and 650 from 40 GB on)")
+    add("--model", help="folder whose configurations give the sizes; None: FLUX.1-dev's")
+    add("--tflops", type=amount, help="of the card in bfloat16, without sparsity; None: 120, from 40 GB on 650")
     add("--quantize", choices=["none", "nf4"], default="none", help="of steps 1, 3 and 4")
     add("--offload", choices=["none", "model"], default="none", help="of steps 1 and 4")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="in training")
     for name, default in (
             ("count", 100), ("panel", 512), ("grid_steps", 28), ("vlm_batch_size", 8), ("steps", 10_000), ("rank", 64),
             ("batch_size", 1), ("prompt_tokens", 128), ("validate_every", 500), ("pictures", 24), ("sample_steps", 28)):
-        add(f"--{name}", type=positive, default=default, help=" ")
+        add(f"--{name}", type=positive, default=default, help="as in the scripts")
     add("--vlm_billions", type=amount, default=8.3, help="parameters: Qwen2.5-VL-7B has 8.3, -3B 3.8")
     for name in ("image_guidance", "text_guidance"):
         add(f"--{name}", type=amount, default=1.0, help="of validation and of step 4")
     if recipe := parser.parse_known_args(given)[0].recipe:
         parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(given)
+    if args.model and not Path(args.model).is_dir():
+        raise dsd.DsdError(f"no folder {args.model}; leave --model out for FLUX.1-dev's sizes")
     args.tflops = args.tflops or (650 if args.card >= 40 else 120)
     return args
 

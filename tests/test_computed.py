@@ -87,6 +87,8 @@ def test_the_rows_follow_from_the_options(dev):
     assert plain["training"]["tokens a pass"] == 2 * 4 * 4 + 64
     guided = rows(*run, "--image_guidance", 1.5, "--text_guidance", 2)
     assert guided["validation"]["tokens a pass"] == guided["4 sample.py"]["tokens a pass"] == 3 * (32 + 64)
+    with pytest.raises(dsd.DsdError, match="no folder nowhere; leave --model out"):
+        rows("--model", "nowhere")
     assert rows(*run, "--prompt_tokens", 512)["training"]["tokens a pass"] == 32 + 512
 
 
