@@ -250,7 +250,7 @@ class Recipe:
     def training(self):
         args, self.student = self.args, self.student.train()
         step = measure(self.train_step, autocast=True, grad=True)
-        update = self.lora * (12 if args.quantize == "none" else 4)  # gradients; AdamW in float32 makes two copies
+        update = self.lora * (8 if args.quantize == "none" else 4)  # gradients; AdamW in float32 makes a copy more
         self.resident = self.weights["transformer"] + self.weights["vae"] + self.lora * (4 + self.moments)
         return self.row("3 finetune.py: training", args.steps * args.batch_size, args.batch_size * self.canvas_tokens,
                         self.resident + max(step.peak + self.unpacked, update), args.steps * self.seconds(
