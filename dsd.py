@@ -22,6 +22,7 @@ import json
 import sys
 import textwrap
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from safetensors.torch import load_file, save_file
 for library in (diffusers, transformers):  # before the imports below, some of which print notices
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms in float32 under autocast: as meant
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
