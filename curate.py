@@ -38,6 +38,12 @@ PAIR_QUESTION = (
     "Do both images show the identical subject? Ignore place, pose, light and outfit. Answer in five lines. "
     "subject: name it. image 1: describe it in detail. image 2: describe it in detail. "
     "compare: part by part, same or different. verdict: yes or no.")
+EXAMPLE = """ For example:
+subject: a fox
+image 1: a red fox with a white tail
+image 2: a red fox with a black tail
+compare: fur same, ears same, tail different
+verdict: no"""
 DESCRIBE_QUESTION = "Describe this image in one line: what it shows, where, in which light, with what outfit."
 INSTRUCTION_QUESTION = "Write one instruction that turns the first image into the second."
 DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few words."
@@ -139,7 +145,7 @@ def judge_pairs(grids, panels, model, args):
 
     * The question is symmetric: each two panels are asked about once, and an accepted answer gives both orders."""
     records = [{"grid": n, "panels": [i, j], "family": grid["family"], "subject": grid["subject"],
-                "prompt": grid["prompt"], "captions": {}, "question": PAIR_QUESTION, "answer": ""}
+                "prompt": grid["prompt"], "captions": {}, "question": PAIR_QUESTION + args.example, "answer": ""}
                for n, grid in grids.items() for i, j in itertools.combinations(range(len(panels[n])), 2)]
     asked = []
     for r in records:
@@ -147,7 +153,7 @@ def judge_pairs(grids, panels, model, args):
         if not r["verdict"]:
             asked.append(r)
     cases = [[panels[r["grid"]][k] for k in r["panels"]] for r in asked]
-    for r, answer in zip(asked, ask(*model, cases, PAIR_QUESTION, args.batch_size, args.max_new_tokens)):
+    for r, answer in zip(asked, ask(*model, cases, PAIR_QUESTION + args.example, args.batch_size, args.max_new_tokens)):
         r["answer"], (r["verdict"], r["reason"]) = answer, parse(answer, args.tolerance)
     return records
 
@@ -234,6 +240,7 @@ def parse_args():
     add("--vlm", default=dsd.MINIATURE / "vlm", help="the curator: an image-text-to-text folder or hub name")
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
     add("--caption", choices=["description", "instruction"], default="description", help="what the caption tells")
+    add("--example", default=EXAMPLE, help="follows the question: an answer in the form that is wanted")
     add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most this many "
         "differing parts; 0 keeps the VLM's own verdict")
     add("--batch_size", type=dsd.at_least(1), default=64, help="pairs asked about at once; affects speed only")
@@ -241,7 +248,7 @@ def parse_args():
     add("--limit", type=dsd.at_least(1), help="use only the first grids, this many")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
-    return parser.parse()
+    return parser.parse(**dsd.folder_settings(parser.parse().vlm).get("curate", {}))
 
 
 def read_grids(args):

@@ -405,6 +405,7 @@ def write_vlm(vlm, processor, folder):
     """The VLM's folder in float16, the weights in training untouched."""
     halves = {k: v.half() for k, v in vlm.state_dict().items()}
     export(lambda part: (vlm.save_pretrained(part, state_dict=halves), processor.save_pretrained(part)), folder)
+    dsd.write_json(folder / "dsd.json", {"curate": {"example": ""}})  # it has learned the form, and knows few words
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from conftest import noise_image
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def random(*shape, seed=0):
@@ -122,6 +122,9 @@ def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white(fit, l
     image = dsd.fit_image(wide, 18, 18, fit)
     assert image.size == (18, 18) and image.getpixel((9, 9)) == middle and image.getpixel((1, 9)) == left
     assert image.getpixel((9, 1)) == (middle if fit == "crop" else (255, 255, 255))
+    noise, resize = noise_image(40, 30), {"crop": ImageOps.fit, "pad": ImageOps.pad}[fit]
+    wanted = resize(noise, (18, 18), Image.BICUBIC, **{"color": "white"} if fit == "pad" else {})  # as the authors do
+    assert dsd.fit_image(noise, 18, 18, fit).tobytes() == wanted.tobytes()
 
 
 def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tmp_path):

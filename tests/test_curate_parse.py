@@ -1,9 +1,13 @@
 """Answers as public vision-language models of different families write them, complete and incomplete, and what
 curate.parse makes of them. The texts are our own; what is real about them is their form."""
 
-import pytest
+import types
 
-import curate
+import curate  # first of all: it imports dsd
+
+import pytest
+import torch
+from transformers import BatchFeature
 
 COMPLETE = {  # style -> (verdict, answer)
     "the question's own form": ("yes",
@@ -114,3 +118,39 @@ def test_tolerance_counts_the_parts_that_differ(comparison, differing):
     answer = "\n".join([*FOX[:3], f"compare: {comparison}", "verdict: no"])
     verdicts = [curate.parse(answer, tolerance)[0] for tolerance in range(4)]
     assert verdicts == ["yes" if 0 < differing <= tolerance else "no" for tolerance in range(4)]
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+class TwoAnswers:
+    """A model and a processor in one: two answers of two tokens, of which the first one ends."""
+    device, dtype, generation_config = "cpu", torch.float32, types.SimpleNamespace(eos_token_id=[1, 2])
+
+    def __call__(self, **given):
+        return BatchFeature({"input_ids": torch.tensor([[5, 5], [5, 5]])})
+
+    def apply_chat_template(self, conversation, **options):
+        return "a question"
+
+    def generate(self, **given):
+        self.given = given
+        return torch.tensor([[5, 5, 7, 2], [5, 5, 7, 7]])
+
+    def batch_decode(self, tokens, **options):
+        return [str(row.tolist()) for row in tokens]
+
+
+def test_answers_are_greedy_without_a_penalty_and_truncated_ones_say_so():
+    """Qwen2.5-VL's own repetition penalty of 1.05 would act on "same, same, yes"."""
+    both = TwoAnswers()
+    answers = curate.ask(both, both, [["image"], ["image"]], "Same?", batch_size=2, max_new_tokens=2)
+    assert answers == ["[7, 2]", f"[7, 7] {curate.TRUNCATED}"]
+    assert both.given["repetition_penalty"] == 1.0 and both.given["do_sample"] is False
+
+
+def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folder_has_none(monkeypatch, tmp_path):
+    found = []
+    for vlm in ([], ["--vlm", str(tmp_path)]):
+        monkeypatch.setattr("sys.argv", ["curate.py", *vlm])
+        found.append(curate.parse_args().example)
+    assert found == ["", curate.EXAMPLE]
+    assert curate.parse(curate.EXAMPLE.partition(":\n")[2]) == ("no", "no: tail different")

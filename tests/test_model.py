@@ -313,3 +313,15 @@ def test_stock_lines_draw_with_the_miniature_and_its_adapter_as_they_stand():
     pipe.load_lora_weights(folder / "adapter")
     image = pipe("a critter", control_image=noise_image(64, 32), height=32, width=64, num_inference_steps=1).images[0]
     assert image.size == (64, 32)
+
+
+def test_noise_levels_in_bfloat16_are_rounded_as_the_stock_pipeline_rounds_them(conditioned, monkeypatch):
+    """The timestep is cast before the division; casting after it would give other levels."""
+    seen = []
+    monkeypatch.setattr(
+        dsd, "run_transformer", lambda model, tokens, sigma, *rest: seen.append(sigma) or tokens[..., :64])
+    monkeypatch.setattr(type(conditioned.transformer), "dtype", torch.bfloat16)
+    draw(conditioned, [noise_image(32, 32)], [5], steps=28)
+    levels = conditioned.scheduler.timesteps
+    assert [s.item() for s in seen] == [(t.to(torch.bfloat16) / 1000).item() for t in levels]
+    assert [s.item() for s in seen] != [(t / 1000).to(torch.bfloat16).item() for t in levels]
