@@ -160,16 +160,16 @@ def judge_pairs(grids, panels, model, args):
 
 def caption_pairs(records, panels, model, args):
     """Write into accepted records what each target shows, or how the reference becomes it: {target: text}."""
+    def shown(a, b):  # a description needs the target only
+        return (a, b) if args.caption == "instruction" else (b,)
+
     accepted = [r for r in records if r["verdict"] == "yes" and not r["captions"]]
-    shown = {(r["grid"], (a, b) if args.caption == "instruction" else (b,)): None  # a description needs the target only
-             for r in accepted for a, b in itertools.permutations(r["panels"])}
+    cases = sorted({(r["grid"], shown(a, b)) for r in accepted for a, b in itertools.permutations(r["panels"])})
     question = {"description": DESCRIBE_QUESTION, "instruction": INSTRUCTION_QUESTION}[args.caption]
-    cases = sorted(shown)
     answers = ask(*model, [[panels[n][k] for k in seen] for n, seen in cases], question, args.batch_size, 100)
     texts = {case: " ".join(answer.removesuffix(TRUNCATED).split()) for case, answer in zip(cases, answers)}
     for r in accepted:
-        r["captions"] = {str(b): texts[r["grid"], (a, b) if args.caption == "instruction" else (b,)]
-                         for a, b in itertools.permutations(r["panels"])}
+        r["captions"] = {str(b): texts[r["grid"], shown(a, b)] for a, b in itertools.permutations(r["panels"])}
 
 
 def transcript(number, grid, args):
@@ -213,7 +213,7 @@ def training_pairs(records):
             if r["captions"][str(b)]]
 
 
-def summarise(records, pairs, args):
+def summarise(records, pairs):
     """Counts of the verdicts, over all pairs and by family."""
     def count(records):
         verdicts = collections.Counter(r["verdict"] for r in records)
@@ -248,7 +248,7 @@ def parse_args():
     add("--limit", type=dsd.at_least(1), help="use only the first grids, this many")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
-    return parser.parse(**dsd.folder_settings(parser.parse().vlm).get("curate", {}))
+    return parser.parse("curate", source="vlm")
 
 
 def read_grids(args):
@@ -257,8 +257,10 @@ def read_grids(args):
         raise dsd.DsdError(f"no {args.grids / 'grids.jsonl'}; run generate_grids.py first, or give --grids")
     records = dsd.read_records(args.grids / "grids.jsonl", "file", "prompt", "subject", "family")
     grids = dict(enumerate(list({record["file"]: record for record in records}.values())[:args.limit]))
-    if not grids or not all(grid.get(name) in range(1, 9) for grid in grids.values() for name in ("rows", "columns")):
-        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns; make them again")
+    sizes = [(grid.get("rows"), grid.get("columns")) for grid in grids.values()]
+    if not sizes or (1, 1) in sizes or not all(side in range(1, 9) for size in sizes for side in size):
+        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns, or of one panel; make "
+                           "them again")
     return grids
 
 
@@ -268,7 +270,8 @@ def main():
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
         lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "limit", "seed"])
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
-    batches = [dict(list(grids.items())[i:i + at_once]) for i in range(0, len(grids), at_once)]
+    items = list(grids.items())
+    batches = [dict(items[i:i + at_once]) for i in range(0, len(items), at_once)]
     share = [batch for batch in batches[state.process_index::state.num_processes] if not is_done(batch, args)]
     model = load_vlm(args.vlm, args.quantize) if share else None
     for batch in tqdm(share, desc="curate", unit="batch", disable=not state.is_main_process):
@@ -278,7 +281,7 @@ def main():
         return
     records = [r for n, grid in grids.items() for r in transcript(n, grid, args)]
     pairs = training_pairs(records)
-    summary = summarise(records, pairs, args)
+    summary = summarise(records, pairs)
     dsd.write_json(args.out / "metadata.jsonl", pairs)
     dsd.write_json(args.out / "summary.json", summary)
     draw_sheet([r for r in records if r["verdict"] == "yes"], args, "accepted.png")

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 for library in (diffusers, transformers):  # before the imports below, some of which print notices
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms in float32 under autocast: as meant
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # under autocast norms are in float32
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -274,8 +274,9 @@ def adapter_facts(adapter):
 
 
 def load_adapter(pipe, adapter):
-    """Load an adapter into a FluxControlPipeline, in place: one of finetune.py, or the authors' released layout."""
-    file, _ = adapter_facts(adapter)
+    """Load an adapter into a FluxControlPipeline, in place: one of finetune.py, or the authors' released layout.
+    Returns its facts."""
+    file, facts = adapter_facts(adapter)
     with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file, foreign layers
         tensors = load_file(file)
         if (file.parent / "transformer").is_dir():
@@ -288,6 +289,7 @@ def load_adapter(pipe, adapter):
         loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
         if lost := {name for name in tensors if name.startswith("transformer.") and ".lora_" in name} - loaded:
             raise ValueError(f"{len(lost)} of its layers, {min(lost)} for one, have no place in it")
+    return facts
 
 
 def load_released_transformer(transformer, folder):
@@ -382,8 +384,7 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
     pipe.set_progress_bar_config(disable=True)
     limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
     if adapter:
-        load_adapter(pipe, adapter)  # before offloading takes the weights away
-        prompt_tokens = adapter_facts(adapter)[1].get("prompt_tokens")
+        prompt_tokens = load_adapter(pipe, adapter).get("prompt_tokens")  # before offloading takes the weights away
     if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's
         limits.append(prompt_tokens or folder_settings(model).get("canvas_prompt_tokens", 512))
     pipe.tokenizer_2.model_max_length = min(limits)
@@ -439,11 +440,12 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights "
                               "in main memory until they are needed: whole models, or (slower, smaller) single layers")
 
-    def parse(self, step=None, **more):
-        """The options, with the defaults for this step from the folder of --model, and `more` defaults above those."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads --model only
-        first.add_argument("--model", default=self.get_default("model"))
-        own = folder_settings(first.parse_known_args()[0].model).get(step, {}) if step else {}
+    def parse(self, step, source="model", **more):
+        """The options, with the defaults for this step from the folder of --model (or --vlm), and `more` above."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads this option only
+        first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
+        folder = first.parse_known_args()[0].folder
+        own = folder_settings(folder).get(step, {}) if folder else {}
         if not isinstance(own, dict):
             raise DsdError(f"dsd.json: \"{step}\" must be an object; restore the model's folder")
         more = own | more

@@ -248,7 +248,7 @@ def parse_args():
     add("--repeat", type=dsd.at_least(1), default=2, help="runs, of which the fastest counts")
     add("--product", type=dsd.at_least(1), default=2048, help="side of the matrices whose product is the limit")
     parser.add_large_model_options()
-    return parser.parse()
+    return parser.parse("benchmark")
 
 
 def main():

@@ -124,6 +124,7 @@ def make_records(pairs):
     for name, file, content in (
             ("other", "grids.jsonl", [{"file": "000000.png"}]), ("no_grids", "grids.jsonl", []),
             ("lost_grid", "grids.jsonl", [grid]), ("huge_grid", "grids.jsonl", [{**grid, "rows": 10**9}]),
+            ("lone_panel", "grids.jsonl", [{**grid, "file": "good.png", "rows": 1, "columns": 1}]),
             ("no_pairs", "metadata.jsonl", []), ("records", "metadata.jsonl", [{"file_name": "a.png"}]),
             ("wordless", "metadata.jsonl", [pair, {**pair, "prompt": " "}]), ("lists", "metadata.jsonl", [[1, 2]]),
             ("numbers", "metadata.jsonl", [{**pair, "prompt": 7}])):
@@ -222,6 +223,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
     (curate, ["--grids", "empty"], ["run generate_grids.py first"]), (curate, ["--grids", "no_grids"], ["no grids"]),
     *((curate, ["--grids", name], [f"{name}/grids.jsonl, line 1"]) for name in ("garbage", "deep", "binary", "other")),
     (curate, ["--grids", "lost_grid"], ["lost_grid/000000.png"]), (curate, ["--grids", "huge_grid"], ["rows"]),
+    (curate, ["--grids", "lone_panel"], ["one panel"]),
     (finetune, ["--pairs", "empty"], ["no pairs in empty; run curate.py first"]),
     (finetune, ["--pairs", "no_pairs"], ["no pairs"]), (finetune, ["--pairs", "wordless"], ["empty prompt"]),
     *((finetune, ["--pairs", name], [f"{name}/metadata.jsonl, line 1"])
