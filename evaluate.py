@@ -43,6 +43,7 @@ from miniature import exams
 COLUMNS = {  # of the two tables: heading -> score
     "subject": {"CP": "cp", "all kept": "all_kept", "PF": "pf", "CPxPF": "cp_pf", "de-biased CPxPF": "cp_pf_new",
                 "VLM CP": "vlm_cp", "VLM PF": "vlm_pf", "VLM CPxPF": "vlm_cp_pf", "VLM de-biased": "vlm_cp_pf_new",
+                "CPxPF, same pose": "cp_pf_same pose", "CPxPF, moved": "cp_pf_moved", "CPxPF, turned": "cp_pf_turned",
                 "DSD minus this row, CPxPF": "dsd_minus", "seconds a picture": "seconds"},
     "relight": {"identity (CP)": "cp", "scene kept": "scene_as_wanted", "pose kept": "pose",
                 "light as asked": "light_as_wanted"}}
@@ -245,8 +246,9 @@ def parse_args(parser):
     names = {"width", "height", "image_guidance", "text_guidance"} & set(facts)
     args, own = parser.parse("sample", **{name: facts[name] for name in names}), dsd.folder_settings(args.model)
     args.adapter, args.true_cfg_scale = adapter, own.get("generate_grids", {}).get("true_cfg_scale", 1.0)
-    args.contexts = args.contexts or (None if args.folder else 4)
-    args.prompt_tokens = [own.get("evaluate", {}).get(f"{name}_prompt_tokens", 512) for name in ("panel", "sheet")]
+    args.contexts, own = args.contexts or (None if args.folder else 4), own.get("evaluate", {})
+    args.prompt_tokens = [own.get(f"{name}_prompt_tokens", 512) for name in ("panel", "sheet")]
+    args.poses = own.get("poses", 1)  # in how many of the world's named poses its critters stand
     return args
 
 
@@ -266,7 +268,7 @@ def evaluate(rows, args, **more):
     """Draw and score the rows; after each one, report what is known so far. more: what else decides the results."""
     dsd.check_model(args.model, args.width, args.height)
     cases = exams.folder_cases(args) if args.folder else exams.world_cases(
-        range(args.count or 16), args.contexts, args.seed, args.width)
+        range(args.count or 16), args.contexts, args.seed, args.width, args.poses)
     weights = [file for folder in (args.model, args.vlm, args.judge) for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
     with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder

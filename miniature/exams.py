@@ -54,9 +54,10 @@ class Case:
     reference_prompt: str = ""  # what the reference shows, for methods that must be told
     class_prompts: list = dataclasses.field(default_factory=list)  # of other such subjects, for DreamBooth's prior
     kind: str = "subject"  # or "relight"
+    move: str = "same pose"  # from the reference to what is asked; or "moved", "turned"
     truth: Image.Image | None = None  # the true rendering
     identity: dict = dataclasses.field(default_factory=dict)  # {attribute: value} of the subject
-    context: dict = dataclasses.field(default_factory=dict)  # as asked
+    context: dict = dataclasses.field(default_factory=dict)  # as asked, with the named pose if there are several
     shown: dict = dataclasses.field(default_factory=dict)  # the reference's own context
 
 
@@ -70,13 +71,24 @@ def to_image(pixels):
     return dsd.to_images(pixels[None])[0]
 
 
+def told(context, pose, poses):
+    """A context in words; where there are several named poses, with the pose."""
+    return words(world.CONTEXT, context) | ({"pose": world.POSE_NAMES[pose]} if poses > 1 else {})
+
+
+def stand(pose, named):
+    """How a critter stands, (4,), in the named pose of this number."""
+    return world.in_pose(pose[None], torch.tensor([named]))[0]
+
+
 def render(identity, context, pose, size):
     """One rendered panel as an image; identity (7,), context (3,), pose (4,)."""
     return to_image(world.render(identity[None], context[None], pose[None], size)[0])
 
 
-def world_cases(numbers, prompts, seed, size):
-    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit.
+def world_cases(numbers, prompts, seed, size, poses=1):
+    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit. The
+    reference and what is asked for stand in any of the first `poses` named poses.
 
     A reference depends on its number and the seed alone: more references never change the first ones."""
     cases = []
@@ -86,20 +98,23 @@ def world_cases(numbers, prompts, seed, size):
         shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
         asked = world.draw_contexts(64, draw)
         asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
+        named = torch.randint(poses, (72,), generator=torch.Generator().manual_seed(seed * 1_000_003 + number)).tolist()
         if prompts > len(asked):
             raise dsd.DsdError(f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts")
         relit = shown.clone()
         relit[2] = (shown[2] + torch.randint(1, 4, (1,), generator=draw)[0]) % 4
-        classes = [world.panel_caption(identity, c) for c in world.draw_contexts(8, draw)]
-        image = render(identity, shown, pose, size)
+        classes = [world.panel_caption(identity, c, pose=p) for c, p in zip(world.draw_contexts(8, draw), named[64:])]
+        at = named[63]  # the reference's own named pose
+        image = render(identity, shown, stand(pose, at), size)
         for k, (context, relight) in enumerate([*((c, False) for c in asked[:prompts]), (relit, True)]):
-            there = pose if relight else world.draw_poses(1, draw)[0]
+            there, to = (pose, at) if relight else (world.draw_poses(1, draw)[0], named[k])
             cases.append(Case(
-                number, image, world.noun(identity), world.panel_caption(identity, context),
-                world.sheet_caption(identity, [shown, context], (1, 2), relight), (seed * 1_000_003 + number) * 64 + k,
-                world.panel_caption(identity, shown), classes, "relight" if relight else "subject",
-                render(identity, context, there, size), words(world.IDENTITY, identity), words(world.CONTEXT, context),
-                words(world.CONTEXT, shown)))
+                number, image, world.noun(identity), world.panel_caption(identity, context, pose=to),
+                world.sheet_caption(identity, [shown, context], (1, 2), relight, poses=(at, to)),
+                (seed * 1_000_003 + number) * 64 + k, world.panel_caption(identity, shown, pose=at), classes,
+                "relight" if relight else "subject", world.move(at, to),
+                render(identity, context, stand(there, to), size), words(world.IDENTITY, identity),
+                told(context, to, poses), told(shown, at, poses)))
     return cases
 
 
@@ -167,7 +182,7 @@ def marks(case, seen):
     cp, pf, pf_new = sum(kept) / len(kept), sum(followed.values()) / len(followed), sum(new) / len(new)
     right = {f"{name}_as_wanted": float(seen[name] == value) for name, value in (case.identity | case.context).items()}
     return {"cp": cp, "all_kept": float(all(kept)), "pf": pf, "cp_pf": cp * pf, "pf_new": pf_new,
-            "cp_pf_new": cp * pf_new, **right}
+            "cp_pf_new": cp * pf_new, f"cp_{case.move}": cp, f"cp_pf_{case.move}": cp * pf, **right}
 
 
 def pose_kept(image, truth):

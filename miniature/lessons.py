@@ -9,27 +9,34 @@ import models
 import world
 
 POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
-VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values()]  # of the ten attributes, in the order of the columns
+VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values(), list(world.POSES)]  # of the eleven attributes, in the
+# order of the columns
+POSE_WORDS = ["standing", "left", "right", "jumping", "lying", "upside"]  # one word for each pose, where poses are compared
 
 
 def draw_pool(groups, generator, change=world.change_in_training, held_out=False):
-    """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their ten attributes (groups, 6, 10).
+    """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their eleven attributes (groups, 6, 11).
 
     Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
-    3 and 4 show one that differs from it in one or two attributes, 3 exactly where 0 is. Panel 5 differs in three."""
+    3 and 4 show one that differs from it in one or two attributes, 3 exactly where and how 0 stands. Panel 5 differs in
+    three."""
     a = world.identity_of(world.draw_identities(groups, generator, held_out))
     b = change(a, torch.randint(1, 3, (groups,), generator=generator), generator)
     c = change(a, torch.full((groups,), 3), generator)
     identity = torch.stack([a, a, a, b, b, c], 1)
     context = world.draw_contexts(groups * 6, generator).view(groups, 6, 3)
-    pose = world.draw_poses(groups * 6, generator).view(groups, 6, 4)
-    context[:, 2, :2], context[:, 3], pose[:, 2], pose[:, 3] = context[:, 0, :2], context[:, 0], pose[:, 0], pose[:, 0]
+    named = torch.randint(len(world.POSES), (groups * 6,), generator=generator)
+    pose = world.in_pose(world.draw_poses(groups * 6, generator), named).view(groups, 6, 4)
+    named = named.view(groups, 6)
+    context[:, 2, :2], context[:, 3] = context[:, 0, :2], context[:, 0]
+    for k in (2, 3):
+        pose[:, k], named[:, k] = pose[:, 0], named[:, 0]
     context[:, 2, 2] = (context[:, 0, 2] + torch.randint(1, 4, (groups,), generator=generator)) % 4
     images = []
     for part in tqdm(range(0, groups, 100), desc="draw panels"):
         rows = [t[part:part + 100].flatten(0, 1) for t in (identity, context, pose)]
         images.append((world.render(*rows, models.PANEL) * 255).round().byte())
-    return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context], 2)
+    return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context, named[..., None]], 2)
 
 
 def degrade(images, generator):
@@ -58,13 +65,13 @@ def warp(images, generator):
 
 
 def attribute_words(row):
-    """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: ten numbers."""
+    """The words for an identity's seven attributes; a plain critter has no marks but "trim". `row`: eleven numbers."""
     words = [values[i] for values, i in zip(VALUES[:7], row)]
     return [*words[:5], "trim" if words[5] == "plain" else words[5], words[6]]
 
 
 def describe(row):
-    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: ten numbers."""
+    """What curation compares, in words: "round cat-eared vivid blue, red stripes, two eyes". `row`: eleven numbers."""
     shape, ears, colour, tone, second, marks, eyes = attribute_words(row)
     return f"{shape} {ears} {tone} {colour}, {second} {marks}, {eyes} {'eye' if eyes == 'one' else 'eyes'}"
 
@@ -81,13 +88,13 @@ def comparison(a, b):
 
 def instruction(a, b):
     """What turns panel a into panel b: the new setting, or the new light if nothing else changes."""
-    if (a[7], a[8]) == (b[7], b[8]) and a[9] != b[9]:
+    if (a[7], a[8], a[10]) == (b[7], b[8], b[10]) and a[9] != b[9]:
         return f"keep the scene but show it {VALUES[9][b[9]]}"
-    return f"show this critter {world.setting(b[7:])}"
+    return f"show this critter {world.setting(b[7:10], pose=b[10])}"
 
 
 def pair_lesson(a, b, kind):
-    """Question and answer about panels a and b (10 numbers each); kind in [0, 1) chooses the question."""
+    """Question and answer about panels a and b (eleven numbers each); kind in [0, 1) chooses the question."""
     differing = sum(x != y for x, y in zip(a[:7], b[:7]))
     if kind < .7:
         return curate.PAIR_QUESTION, comparison(a, b) + f"verdict: {'no' if differing else 'yes'}"
@@ -97,48 +104,57 @@ def pair_lesson(a, b, kind):
 
 
 def panel_lesson(a, kind, generator):
-    """Question and answer about one panel a (10 numbers)."""
+    """Question and answer about one panel a (eleven numbers)."""
     if kind < .4:
-        return curate.DESCRIBE_QUESTION, world.panel_caption(a[:7], a[7:])
+        return curate.DESCRIBE_QUESTION, caption(a)
     if kind < .6:
         return curate.DETAILS_QUESTION, world.details(a[:7])
-    asked, wrong = list(a), torch.rand(4, generator=generator) < .8 * torch.rand(1, generator=generator)
-    for column, change in zip(PROMPTED, wrong):
+    asked, wrong = list(a), torch.rand(len(PROMPTED), generator=generator) < .8 * torch.rand(1, generator=generator)
+    for column, change in zip(PROMPTED.values(), wrong):
         if change:
             asked[column] = (a[column] + 1 + int(torch.randint(len(VALUES[column]) - 1, (1,), generator=generator))
                              ) % len(VALUES[column])
     return prompt_lesson(a, asked)
 
 
-PROMPTED = (0, 7, 8, 9)  # what the prompt score is about: shape, scene, accessory, light
+PROMPTED = {"shape": 0, "scene": 7, "outfit": 8, "light": 9, "pose": 10}  # what the prompt score is about -> its column
+
+
+def caption(row):
+    """The caption of a panel of eleven attributes."""
+    return world.panel_caption(row[:7], row[7:10], pose=row[10])
 
 
 def prompt_lesson(a, b):
-    """Question and answer about how well panel a follows a prompt that asks for the shape and the context of b."""
+    """Question and answer about how well panel a follows a prompt that asks for the shape, context and pose of b. Each
+    part that is not as asked costs one of four points."""
     asked = [*b[:1], *a[1:7], *b[7:]]
-    parts, right = [], 0
-    for name, column in zip(("shape", "scene", "outfit", "light"), PROMPTED):
-        x, y = ((VALUES[column][row[column]] or "nothing").split()[-1] for row in (a, asked))
+    parts, wrong = [], 0
+    for name, column in PROMPTED.items():
+        values = POSE_WORDS if name == "pose" else [(value or "nothing").split()[-1] for value in VALUES[column]]
+        x, y = (values[row[column]] for row in (a, asked))
         parts.append(f"{name} {x} {y} {'same' if x == y else 'different'}")
-        right += x == y
-    prompt = world.panel_caption(asked[:7], asked[7:])
-    answer = f"image: {world.panel_caption(a[:7], a[7:])}\ncompare: {', '.join(parts)}\nscore: {right}"
+        wrong += x != y
+    answer = f"image: {caption(a)}\ncompare: {', '.join(parts)}\nscore: {max(4 - wrong, 0)}"
+    prompt = caption(asked)
     return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), answer
 
 
 def vlm_words():
-    """Every word that the VLM reads and writes, sorted."""
+    """Every word that the VLM reads and writes, sorted; at the end the words of poses, so that older weights can go on."""
     questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
-    answers = " ".join(pair_lesson([0] * 10, [i] * 10, k)[1] for i in range(2) for k in (0, .8, .9))
-    answers += " " + " ".join(prompt_lesson([i] * 10, [i] * 10)[1] for i in range(4)) + " . , : ; ? ! 0 1 2 3 4"
+    standing = [[i] * 10 + [0] for i in range(4)]
+    answers = " ".join(pair_lesson(standing[0], row, k)[1] for row in standing[:2] for k in (0, .8, .9))
+    answers += " " + " ".join(prompt_lesson(row, row)[1] for row in standing) + " . , : ; ? ! 0 1 2 3 4"
     text = f"{questions} {answers}".lower().replace("{prompt}", " ")
     for mark in ".,:;?!":
         text = text.replace(mark, f" {mark} ")
-    return sorted({*text.split(), *models.world_words()})
+    words = {*text.split(), *models.world_words()} - {"standing"}
+    return sorted(words) + sorted({*POSE_WORDS, *" ".join(world.POSES).split()} - words)
 
 
 class Lessons(torch.nn.Module):
-    """The VLM and, beside it, linear heads that read the ten attributes off the class token while it learns to see."""
+    """The VLM and, beside it, linear heads that read the eleven attributes off the class token while it learns to see."""
 
     def __init__(self, vlm, processor):
         super().__init__()
@@ -146,7 +162,7 @@ class Lessons(torch.nn.Module):
         width = vlm.config.vision_config.hidden_size
         self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
         weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
-        for words, w in (("subject image shape ears colour tone scene outfit light compare verdict score a the : , . \n", .2),
+        for words, w in (("subject image shape ears colour tone scene outfit light pose compare verdict score a the : , . \n", .2),
                          ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
             weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
         self.register_buffer("word_weight", weight, persistent=False)
@@ -156,7 +172,7 @@ class Lessons(torch.nn.Module):
         return self.vlm.model.vision_tower(pixel_values=images, output_hidden_states=True).hidden_states[-1]
 
     def attribute_loss(self, features, attributes):
-        """Cross entropy of the ten attributes, averaged."""
+        """Cross entropy of the eleven attributes, averaged."""
         logits = self.heads(features[:, 0]).float().split(self.sizes, 1)
         return sum(F.cross_entropy(x, y) for x, y in zip(logits, attributes.T)) / len(self.sizes)
 
@@ -199,10 +215,10 @@ class Lessons(torch.nn.Module):
 
 
 def draw_descriptions(n, generator):
-    """Attributes of n imagined pairs, two lists of rows of ten numbers: any share of them agrees."""
-    a, b = (torch.cat([world.identity_of(world.draw_identities(n, generator)), world.draw_contexts(n, generator)], 1)
-            for _ in range(2))
-    agree = torch.rand(n, 10, generator=generator) < 1.3 * torch.rand(n, 1, generator=generator)
+    """Attributes of n imagined pairs, two lists of rows of eleven numbers: any share of them agrees."""
+    a, b = (torch.cat([world.identity_of(world.draw_identities(n, generator)), world.draw_contexts(n, generator),
+                       torch.randint(len(world.POSES), (n, 1), generator=generator)], 1) for _ in range(2))
+    agree = torch.rand(n, 11, generator=generator) < 1.3 * torch.rand(n, 1, generator=generator)
     return a.tolist(), torch.where(agree, a, b).tolist()
 
 

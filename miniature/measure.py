@@ -8,6 +8,8 @@ vlm      verdicts on rendered pairs, asked by curate.py's own code in its own wo
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
+moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side of
+         it, or in a named pose; what is asked for always stands
 
 A judge that knows the second edition's poses is measured on panels in all of them, and measures a teacher's too.
 """
@@ -25,11 +27,13 @@ import re  # noqa: E402
 import time  # noqa: E402
 
 import torch  # noqa: E402
-from diffusers import AutoencoderKL, FluxPipeline  # noqa: E402
+from diffusers import AutoencoderKL, FluxControlPipeline, FluxPipeline  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import curate  # noqa: E402
+import evaluate  # noqa: E402
 import generate_grids  # noqa: E402
+import sample  # noqa: E402
 from miniature import exams  # noqa: E402
 import lessons  # noqa: E402
 import models  # noqa: E402
@@ -37,7 +41,7 @@ import pretrain  # noqa: E402
 import world  # noqa: E402
 
 NAMES = [*world.IDENTITY, *world.CONTEXT, "pose"]
-VALUES = [*lessons.VALUES, models.POSE_NAMES]
+VALUES = [*lessons.VALUES[:10], world.POSE_NAMES]
 ATTRIBUTES = {"shape": "shape", "ears": "ears", "colour": "colour", "tone": "tone", "second": "trim",
               "pattern": "pattern", "eyes": "eyes"}  # of the world -> the VLM's word for it
 SURE = 0.9  # probability of each attribute of both panels from which the judge counts as sure of a pair
@@ -156,14 +160,13 @@ def measure_teacher(args):
               "pairs_equal": agree(torch.ones_like(differing, dtype=torch.bool))}
     if "pose" in judge.labels:
         pose = torch.tensor([[asked_pose(p) for p in grid["panel_prompts"]] for grid in grids])
-        for k, name in enumerate(models.POSE_NAMES):
+        for k, name in enumerate(world.POSE_NAMES):
             if (pose == k).any():
                 result[f"pose_right_{name}"] = share(seen[..., 10][pose == k] == k)
         result["pose_right"] = share(seen[..., 10] == pose)
-        a, b = (pose[:, list(side)] for side in zip(*pairs))  # (count, 6)
-        turns = torch.tensor([turns for _, _, _, turns in world.POSES.values()])
-        turned = turns[a] != turns[b]
-        for name, mask in {"same pose": a == b, "moved": (a != b) & ~turned, "turned": (a != b) & turned}.items():
+        moves = [[world.move(row[i], row[j]) for i, j in pairs] for row in pose.tolist()]
+        for name in ("same pose", "moved", "turned"):
+            mask = torch.tensor([[move == name for move in row] for row in moves])  # (count, 6)
             if mask.any():
                 result[f"pairs_equal, {name}"] = {"pairs": int(mask.sum())} | agree(mask)
     if args.vlm:
@@ -185,6 +188,43 @@ def measure_teacher(args):
     return result
 
 
+# ---- the student -----------------------------------------------------------------------------------------------------
+def moved_references(count, seed):
+    """{how it stands: references}: `count` held-out critters each, and for each critter a prompt for another scene in
+    which it stands. Returns them, the prompts and the identities."""
+    generator = torch.Generator().manual_seed(seed + 3_000)
+    identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
+    shown, asked = (world.draw_contexts(count, generator) for _ in range(2))
+    asked[:, 0] = (shown[:, 0] + torch.randint(1, 8, (count,), generator=generator)) % 8
+    standing = world.draw_poses(count, generator)
+    poses = {"standing": standing}
+    for name, x in {"8 pixels to the left": -.5, "8 pixels to the right": .5}.items():  # a panel is 2 wide
+        poses[name] = standing * torch.tensor([1, 1, .92, 1]) + torch.tensor([x, 0, 0, 0])
+    for k, name in list(enumerate(world.POSE_NAMES))[1:]:
+        poses[name] = world.in_pose(standing, torch.full((count,), k))
+    references = {name: [exams.to_image(x) for x in world.render(identity, shown, pose, models.PANEL)]
+                  for name, pose in poses.items()}
+    return references, [world.panel_caption(*row) for row in zip(identity, asked)], identity
+
+
+def measure_moved(args):
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, adapter=args.adapter)
+    options = argparse.Namespace(**{"unguided_steps": 2, "frames": 2} | dsd.folder_settings(args.model)["sample"]
+                                 | dsd.adapter_facts(args.adapter)[1])
+    references, prompts, identity = moved_references(args.count, args.seed)
+    judge, result = exams.Judge(args.judge), {}
+    for name, images in references.items():
+        drawn = []
+        for i in tqdm(range(0, args.count, 16), desc=name):
+            seeds = range(i, min(i + 16, args.count))
+            drawn += sample.draw_batch(pipe, images[i:i + 16], prompts[i:i + 16], seeds, options)
+        kept = (seen_by(judge, drawn)[:, :7] == identity).double()  # (count, 7)
+        result[name] = {"cp": evaluate.bootstrap(kept.mean(1).tolist(), list(range(args.count))),
+                        "all kept": kept.all(1).double().mean().item(), "main colour": kept[:, 2].mean().item()}
+        print(f"{name}: {result[name]}")
+    return {"critters": args.count, **result}
+
+
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
 def held_out_change(identity, count, generator):
     """world.change_attributes, drawn again until the result is held out too. A few identities have no held-out neighbour
@@ -197,7 +237,7 @@ def held_out_change(identity, count, generator):
 
 
 def held_out_pairs(count, generator):
-    """`count` pairs of panels (count, 2, 3, s, s) in uint8 and their attributes (count, 2, 10)."""
+    """`count` pairs of panels (count, 2, 3, s, s) in uint8 and their attributes (count, 2, 11)."""
     images, attributes = lessons.draw_pool(count, generator, held_out_change, held_out=True)
     yes = torch.arange(count) % 2 == 0
     pick = torch.randint(15, (count,), generator=generator)
@@ -221,6 +261,7 @@ def measure_vlm(args):
     seconds = time.time() - begun
     panels = [[exams.to_image(a / 255)] for a in images[:200, 0]]
     truth = [row[0].tolist() for row in attributes[:200]]
+    moves = [world.move(*pair) for pair in attributes[:, :, 10].tolist()]
     captions = curate.ask(*model, panels, curate.DESCRIBE_QUESTION, args.batch_size, 60)
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
@@ -232,12 +273,16 @@ def measure_vlm(args):
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     scores = lambda answers: [exams.parse_score(answer) for answer in answers]  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
-        "descriptions_exact": share(captions, [world.panel_caption(t[:7], t[7:]) for t in truth]),
+        "descriptions_exact": share(captions, [lessons.caption(t) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
         "instructions_exact": share(orders, wanted),
         "subject_scores_exact": share(scores(subject), kept.tolist()),
         "prompt_scores_exact": share(scores(prompt), scores([answer for _, answer in asked])),
         "pairs_per_second": args.count / seconds}
+    for name in ("same pose", "moved", "turned"):
+        some = [k for k, move in enumerate(moves) if move == name]
+        right = verdicts([answers[k] for k in some], attributes[some, :, :7])
+        result[name] = {key: right[key] for key in ("pairs", "right", "right_yes", "right_no")}
     print_verdicts(result)
     return result
 
@@ -275,7 +320,8 @@ def print_verdicts(result):
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-COMMANDS = {"vae": measure_vae, "judge": measure_judge, "vlm": measure_vlm, "teacher": measure_teacher}
+COMMANDS = {"vae": measure_vae, "judge": measure_judge, "vlm": measure_vlm, "teacher": measure_teacher,
+            "moved": measure_moved}
 
 
 def main():
@@ -284,6 +330,7 @@ def main():
     parser.add_argument("--vlm", default=str(HERE / "vlm"), help='"" measures the teacher without it')
     parser.add_argument("--model", default=str(HERE / "flux"), help="the teacher's folder")
     parser.add_argument("--judge", default=str(HERE / "judge"))
+    parser.add_argument("--adapter", default=str(HERE / "adapter"), help="moved: the adapter")
     parser.add_argument("--count", type=int, default=600, help="panels, pairs or grids")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--vae", help="the VAE (default: the teacher's); vlm: send the panels through it first")

@@ -102,7 +102,7 @@ def flux_settings(edition=world.FIRST):
     """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
     return {
         "canvas_prompt_tokens": TOKENS[1, 1],
-        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
+        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2], "poses": edition.poses},
         "generate_grids": {
             "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
             "grammar": grammar(edition)},
@@ -112,7 +112,8 @@ def flux_settings(edition=world.FIRST):
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
             "width": PANEL, "height": PANEL,
-            "prompts": [f"a {{name}} {world.setting(c)}" for c in ([7, 0, 3], [1, 1, 1], [0, 3, 2], [5, 2, 0])],
+            "prompts": [f"a {{name}} {world.setting(c, pose=pose % edition.poses)}" for c, pose in (
+                ([7, 0, 3], 5), ([1, 1, 1], 3), ([0, 3, 2], 4), ([5, 2, 0], 1))],
             "references": "../references", "shipped_adapter": "../adapter"}}
 
 
@@ -178,15 +179,12 @@ def make_vlm(words):
     return model, processor
 
 
-POSE_NAMES = [pose or "standing" for pose in world.POSES]  # in labels; the prompt of a standing critter says nothing
-
-
 def judge_labels(poses=False):
     """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes; with poses,
     of an eleventh, the named pose."""
     attributes = (world.IDENTITY | world.CONTEXT).items()
     labels = [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
-    return labels + [f"pose: {pose}" for pose in POSE_NAMES if poses]
+    return labels + [f"pose: {pose}" for pose in world.POSE_NAMES if poses]
 
 
 def make_judge(poses=False):

@@ -238,13 +238,14 @@ def pretrain_flux(args):
         load_averages("flux", net)
         return write_flux(pipe, args)
     side = models.PANEL // models.VAE_FACTOR
-    kinds = []  # (latents, CLIP ids, T5 ids, position ids, batch size): the same number of image tokens a batch
+    kinds = []  # (latents, CLIP ids, T5 ids, position ids, panel of each token, batch size): as many image tokens a batch
     for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
         latents, captions = encode_world(vae, layout, int(args.sheets * share), args)
         clip_ids, t5_ids = tokenize(pipe, captions, models.TOKENS[layout])
         ids = dsd.position_ids(side * layout[0], side * layout[1])
+        panel = (ids[:, 1] // (side // 2) * layout[1] + ids[:, 2] // (side // 2)).long()  # (N,)
         per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
-        kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), per_batch))
+        kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
 
     def reading(step, generator):
@@ -254,7 +255,7 @@ def pretrain_flux(args):
     schedule = [0, 1, 0, 2, 0, 1]  # of six batches three are grids, two two-panel sheets, one single panels
 
     def loss_of_step(step, generator):
-        latents, clip_ids, t5_ids, ids, n = kinds[schedule[step % len(schedule)]]
+        latents, clip_ids, t5_ids, ids, panel, n = kinds[schedule[step % len(schedule)]]
         index = torch.randint(len(latents), (n,), generator=generator)
         drop = torch.rand(n, 1, generator=generator) < 0.1  # for guidance: the empty prompt
         clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
@@ -263,13 +264,19 @@ def pretrain_flux(args):
         x_0 = latents[index].float()
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
-        x_0, eps, sigma = x_0.to(args.device), eps.to(args.device), sigma.to(args.device)
+        given = torch.zeros(x_0.shape[:2], dtype=torch.bool)  # (n, N): tokens that are shown without noise
+        if args.given and (panels := panel.max().item() + 1) > 1:
+            one = torch.randint(panels, (n, 1), generator=generator)
+            given = (panel == one) & (torch.rand(n, 1, generator=generator) < args.given)
+        x_0, eps, sigma, given = (x.to(args.device) for x in (x_0, eps, sigma, given[..., None]))
         text = t5(t5_ids)[0]
         v = pipe.transformer(
-            hidden_states=dsd.interpolate(x_0, eps, sigma), timestep=sigma, encoder_hidden_states=text,
+            hidden_states=torch.where(given, x_0, dsd.interpolate(x_0, eps, sigma)), timestep=sigma,
+            encoder_hidden_states=text,
             pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
-        return F.mse_loss(v.float(), dsd.velocity(x_0, eps)) + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
+        error = (v.float() - dsd.velocity(x_0, eps))[~given.squeeze(2)].square().mean()
+        return error + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
@@ -280,7 +287,7 @@ def pretrain_flux(args):
                       generator=torch.Generator().manual_seed(0)).images.float()
         save_picture(images, 6, path, scale=3)
 
-    if not args.start:  # its T5 has learned to read
+    if args.word_steps:
         fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
         reader.train()
     fit("flux", net, loss_of_step, args, picture)
@@ -360,7 +367,7 @@ def pretrain_vlm(args):
     images, attributes = pool_of_panels(args)
     vlm, processor = models.make_vlm(lessons.vlm_words())
     if args.start:
-        vlm.load_state_dict(type(vlm).from_pretrained(args.start, dtype=torch.float32).state_dict())
+        models.take_over(vlm, type(vlm).from_pretrained(args.start, dtype=torch.float32))
     net = lessons.Lessons(vlm, processor).to(args.device).train()
     n = args.batch_size // 4
 
@@ -392,12 +399,12 @@ def pretrain_vlm(args):
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
 
-    if not args.start:
+    if args.sight_steps:
         fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
             argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
+    if args.word_steps:
         fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
-        net.train()
-    fit("vlm", net, answering, args, picture)
+    fit("vlm", net.train(), answering, args, picture)
     write_vlm(vlm, processor, args.out / "vlm")
 
 
@@ -419,7 +426,7 @@ def pretrain_judge(args):
     if args.start:
         models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
     judge.to(args.device).train()
-    sizes = [len(values) for values in lessons.VALUES] + [len(world.POSES)] * posed
+    sizes = [len(values) for values in lessons.VALUES[:10 + posed]]
 
     def loss_of_step(step, generator):
         n = args.batch_size
@@ -459,10 +466,14 @@ def main():
     parser.add_argument("--poses", type=int, help="flux, judge: only the first so many of the world's named poses")
     parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
+    parser.add_argument("--given", type=float, default=0., help="flux: in this share of the sheets one panel is shown without "
+                        "noise and left out of the loss: the others learn to look at it")
     parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE only the "
                         "decoder goes on")
-    parser.add_argument("--sight_steps", type=int, default=3000, help="vlm: steps of the vision tower by itself, first")
-    parser.add_argument("--word_steps", type=int, default=600, help="vlm, flux: steps of the language model by itself, next")
+    parser.add_argument("--sight_steps", type=int, help="vlm: steps of the vision tower by itself, first (default: 3000, or "
+                        "0 with --start)")
+    parser.add_argument("--word_steps", type=int, help="vlm, flux: steps of the language model by itself, next (default: "
+                        "600, or 0 with --start)")
     parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")
     parser.add_argument("--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)")
     parser.add_argument("--ema", type=float, default=0.998)
@@ -472,7 +483,8 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
     train, defaults = COMMANDS[args.model]
-    for key, value in defaults.items():
+    from_nothing = dict(sight_steps=3000, word_steps=600) if not args.start else dict(sight_steps=0, word_steps=0)
+    for key, value in (defaults | from_nothing).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.threads:

@@ -42,6 +42,7 @@ POSES = {  # the prompt's words -> how far right and down the critter's place mo
     # its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32; turned it is smaller: ears stay
     "": (0., 0., 1., 0), "on the left": (-.34, 0., .92, 0), "on the right": (.34, 0., .92, 0),
     "jumping": (0., -.34, .85, 0), "lying down": (.20, .12, .85, -1), "upside down": (0., -.32, .85, 2)}
+POSE_NAMES = [pose or "standing" for pose in POSES]  # in labels and tables; a prompt says nothing of a standing critter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,12 @@ def in_pose(pose, named):
     right, down, size, turns = torch.tensor(list(POSES.values()))[named].unbind(1)
     x, y, scale, tilt = pose.unbind(1)
     return torch.stack([x + right, y + down, scale * size, tilt + turns * (torch.pi / 2)], 1)
+
+
+def move(a, b):
+    """How a critter gets from one named pose to another, by their numbers: "same pose", "moved" or "turned"."""
+    turns = [turns for _, _, _, turns in POSES.values()]
+    return "same pose" if a == b else "turned" if turns[a] != turns[b] else "moved"
 
 
 def change_attributes(identity, count, generator):

@@ -70,7 +70,9 @@ SHOWN = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
     (SHOWN, 1, 1, 1 / 3, 0),  # a copy: the light was asked for and is the reference's
     (ASKED | {"eyes": "one", "scene": "in a cave"}, 6 / 7, 0, 2 / 3, 1 / 2)])
 def test_marks_of_hand_made_verdicts(seen, cp, all_kept, pf, pf_new):
-    marks = exams.marks(SimpleNamespace(identity=IDENTITY, context=ASKED, shown=SHOWN), IDENTITY | seen)
+    marks = exams.marks(exams.Case(0, None, "", "", "", 0, identity=IDENTITY, context=ASKED, shown=SHOWN, move="moved"),
+                        IDENTITY | seen)
+    assert marks["cp_pf_moved"] == marks["cp_pf"] and "cp_pf_turned" not in marks
     assert [marks[name] for name in ("cp", "all_kept", "pf", "pf_new", "cp_pf", "cp_pf_new")] == pytest.approx(
         [cp, all_kept, pf, pf_new, cp * pf, cp * pf_new])
     assert marks["eyes_as_wanted"] == ("eyes" not in seen) and marks["scene_as_wanted"] == (seen["scene"] == "in space")
@@ -158,6 +160,21 @@ def test_cases_ask_for_new_scenes_or_for_another_light_only():
                  for some in (exams.world_cases(range(2), 3, 0, 32), cases))
     assert few == more[:8]  # more references do not change the first
     assert cases[0].prompt != exams.world_cases(range(1), 3, 1, 32)[0].prompt
+
+
+def test_cases_in_poses_ask_for_them_and_relit_ones_stand_as_the_reference():
+    cases = exams.world_cases(range(20), 4, 0, 32, len(world.POSES))
+    for case in cases:
+        for context, prompt in ((case.context, case.prompt), (case.shown, case.reference_prompt)):
+            assert [pose for pose in world.POSE_NAMES[1:] if pose in prompt] == [context["pose"]] * (
+                context["pose"] != "standing")
+        assert case.move == "same pose" or case.kind == "subject"
+        assert (case.context["pose"] == case.shown["pose"]) == (case.move == "same pose")
+        turns = {"lying down": 1, "upside down": 2}
+        assert (case.move == "turned") == (turns.get(case.context["pose"]) != turns.get(case.shown["pose"]))
+        assert case.context["pose"] == "standing" or f" {case.context['pose']} " in case.sheet_prompt
+    assert {case.move for case in cases} == {"same pose", "moved", "turned"}
+    assert {case.shown["pose"] for case in cases} == set(world.POSE_NAMES)
 
 
 def make_benchmark(folder):

@@ -305,3 +305,31 @@ def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenize
 
 def test_sample_prompts_of_the_miniature_are_words_the_teacher_knows(tokenizers):
     check_tokens(tokenizers, [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS])
+
+
+# ---- what the VLM learns ---------------------------------------------------------------------------------------------
+def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner():
+    _, rows = lessons.draw_pool(200, torch.Generator().manual_seed(0))  # (200, 6, 11)
+    identity, pose = rows[..., :7], rows[..., 10]
+    assert pose.unique().tolist() == list(range(len(world.POSES))) and (pose[:, 0] != pose[:, 1]).float().mean() > .7
+    assert (pose[:, 2] == pose[:, 0]).all() and (rows[:, 3, 7:] == rows[:, 0, 7:]).all()
+    differing = (identity != identity[:, :1]).sum(2)  # from panel 0, (200, 6)
+    assert (differing[:, :3] == 0).all() and differing[:, 3].unique().tolist() == [1, 2] and (differing[:, 5] == 3).all()
+
+
+ROW = [0, 3, 0, 0, 1, 0, 0, 1, 1, 1, 3]  # a round horned critter jumping on the beach at sunset with a hat
+
+
+@pytest.mark.parametrize("changes, order, score", [
+    ({9: 2}, "keep the scene but show it by moonlight", 3),
+    ({10: 0}, "show this critter on the beach at sunset with a hat", 3),
+    ({9: 2, 10: 5}, "show this critter upside down on the beach by moonlight with a hat", 2),
+    ({0: 1, 7: 0, 8: 0, 9: 0, 10: 0}, "show this critter in the snow at noon", 0)])
+def test_the_vlm_s_lessons_know_poses(changes, order, score):
+    other = [changes.get(column, value) for column, value in enumerate(ROW)]
+    assert lessons.instruction(ROW, other) == order
+    question, answer = lessons.prompt_lesson(ROW, other)
+    assert "critter jumping on the beach" in answer and answer.endswith(f"score: {score}")
+    assert answer.count(" different") == len(changes) and lessons.caption(other) in question
+    known = models.vlm_tokenizer(lessons.vlm_words())
+    assert known.unk_token_id not in known(f"{question} {answer} {order}").input_ids
