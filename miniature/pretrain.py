@@ -1,9 +1,14 @@
-"""Makes the miniature's models from nothing: `python miniature/pretrain.py vae`, then `flux`, `vlm` and `judge`.
+"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`, `vlm`
+and `judge`.
 
 Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge) and keeps its
 checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
 checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
 identities that are not held out.
+
+`all` makes one after the other in the second edition of the world, and with --minutes it stops in time, exports what it
+has and notes the steps in the model's folder (training.json). The same command goes on from there, on another machine
+too if the folders are copied (or committed): then from the exported weights, with a fresh optimiser.
 
 What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
 """
@@ -77,7 +82,8 @@ def resume(out, parameters, optimizer, ema):
 
 
 def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
-    """Train `module` for args.steps steps of AdamW and return it with its averaged (EMA) weights.
+    """Train `module` until step args.steps with AdamW, or until the time is up, and leave it with its averaged (EMA)
+    weights. Returns how many steps it has learned.
 
     loss_of_step(step, generator) -> loss. All randomness of a step comes from its own generator, so a resumed run
     draws what an uninterrupted one would have drawn."""
@@ -85,13 +91,14 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
-    log, start = resume(out, parameters, optimizer, ema)
+    log, done = resume(out, parameters, optimizer, ema)
+    done = max(done, args.done)
     ema.to(args.device)
     # in bfloat16 on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
     plain = args.device == "cpu" and bfloat16_is_faster()
     attention = [SDPBackend.MATH] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=name, mininterval=5)
+    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_share(step, args.steps)
@@ -105,12 +112,12 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
-        last = step + 1 == args.steps
+        done, last = step + 1, step + 1 == args.steps or time.time() > args.deadline
         if step % 20 == 0 or last:
             bar.set_postfix(loss=f"{loss.item():.4f}")
             log.append({"step": step, "loss": loss.item(), "seconds": time.time() - begun})
         if time.time() - saved > args.save_minutes * 60 or last:
-            save_checkpoint(out, parameters, optimizer, ema, log, step + 1)
+            save_checkpoint(out, parameters, optimizer, ema, log, done)
             saved = time.time()
             if picture:
                 ema.store(parameters)
@@ -118,13 +125,23 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
                 with torch.no_grad():
                     picture(out / "picture.png")
                 ema.restore(parameters)
+        if last:
+            break
     ema.copy_to(parameters)
-    return module.eval()
+    module.eval()
+    return done
 
 
 def learning_rate_share(step, steps, warmup=100):
     """Linear warm-up, a plateau, linear decay over the last 40 %."""
     return min(1.0, (step + 1) / warmup, max((steps - step) / (0.4 * steps), 0.0))
+
+
+def note_steps(folder, steps, args):
+    """Write into a model's folder how many steps it has learned, and in how many minutes altogether."""
+    file = folder / "training.json"
+    before = dsd.read_json(file)["minutes"] if args.done else 0
+    dsd.write_json(file, {"steps": steps, "minutes": round(before + (time.time() - args.begun) / 60, 1)})
 
 
 def load_averages(name, module):
@@ -183,7 +200,7 @@ def pretrain_vae(args):
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample
         save_picture(torch.cat([x, y]) / 2 + 0.5, 16, path)
 
-    vae = fit("vae", vae, loss_of_step, args, picture)
+    steps = fit("vae", vae, loss_of_step, args, picture)
     with torch.no_grad():  # FLUX's convention: (latents - shift) * scale has mean 0 and variance 1
         x = torch.cat([batch(torch.Generator().manual_seed(i), (1, 1)) for i in range(16)])
         z = vae.encode(x).latent_dist.mode()
@@ -192,6 +209,7 @@ def pretrain_vae(args):
         vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
     export(vae.half().save_pretrained, args.out / "flux" / "vae")
+    note_steps(args.out / "flux" / "vae", steps, args)
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
@@ -264,18 +282,19 @@ def pretrain_flux(args):
         x_0 = latents[index].float()
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
-        given = torch.zeros(x_0.shape[:2], dtype=torch.bool)  # (n, N): tokens that are shown without noise
-        if args.given and (panels := panel.max().item() + 1) > 1:
+        ahead = torch.zeros(x_0.shape[:2], dtype=torch.bool)  # (n, N): tokens of panels that have less noise
+        if args.ahead and (panels := panel.max().item() + 1) > 1:
             one = torch.randint(panels, (n, 1), generator=generator)
-            given = (panel == one) & (torch.rand(n, 1, generator=generator) < args.given)
-        x_0, eps, sigma, given = (x.to(args.device) for x in (x_0, eps, sigma, given[..., None]))
+            ahead = (panel == one) & (torch.rand(n, 1, generator=generator) < args.ahead)
+        less = sigma * torch.rand(n, generator=generator)
+        x_0, eps, sigma, less, ahead = (x.to(args.device) for x in (x_0, eps, sigma, less, ahead[..., None]))
         text = t5(t5_ids)[0]
         v = pipe.transformer(
-            hidden_states=torch.where(given, x_0, dsd.interpolate(x_0, eps, sigma)), timestep=sigma,
-            encoder_hidden_states=text,
+            hidden_states=torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)),
+            timestep=sigma, encoder_hidden_states=text,
             pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
-        error = (v.float() - dsd.velocity(x_0, eps))[~given.squeeze(2)].square().mean()
+        error = (v.float() - dsd.velocity(x_0, eps))[~ahead.squeeze(2)].square().mean()
         return error + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
 
     @torch.compiler.set_stance("force_eager")
@@ -288,10 +307,12 @@ def pretrain_flux(args):
         save_picture(images, 6, path, scale=3)
 
     if args.word_steps:
-        fit("flux_words", reader, reading, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
-        reader.train()
-    fit("flux", net, loss_of_step, args, picture)
+        words = argparse.Namespace(**vars(args) | {"steps": args.word_steps})
+        if fit("flux_words", reader, reading, words) < args.word_steps:
+            return  # out of time; its checkpoint is kept
+    steps = fit("flux", net.train(), loss_of_step, args, picture)
     write_flux(pipe, args)
+    note_steps(args.out / "flux", steps, args)
 
 
 def tokenize(pipe, captions, length):
@@ -325,10 +346,11 @@ def write_flux(pipe, args):
 
 
 def draw_references(args, count=8):
-    """miniature/references: held-out critters at noon in the meadow; the file's name says what a prompt may call it."""
+    """miniature/references: held-out critters at noon in the meadow, in every pose; the file's name says what a prompt may call it."""
     generator = torch.Generator().manual_seed(args.seed)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
-    images = world.render(identity, torch.tensor([[6, 0, 0]] * count), world.draw_poses(count, generator), models.PANEL)
+    pose = world.in_pose(world.draw_poses(count, generator), torch.arange(count) % args.edition.poses)
+    images = world.render(identity, torch.tensor([[6, 0, 0]] * count), pose, models.PANEL)
     (args.out / "references").mkdir(exist_ok=True)
     for row, image in zip(identity, images):
         save_picture(image[None], 1, args.out / "references" / f"{world.noun(row)}.png", scale=1)
@@ -399,13 +421,14 @@ def pretrain_vlm(args):
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
 
-    if args.sight_steps:
-        fit("vlm_sight", torch.nn.ModuleList([vlm.model.vision_tower, net.heads]), seeing,
-            argparse.Namespace(**vars(args) | {"steps": args.sight_steps}))
-    if args.word_steps:
-        fit("vlm_words", vlm.model.language_model, comparing, argparse.Namespace(**vars(args) | {"steps": args.word_steps}))
-    fit("vlm", net.train(), answering, args, picture)
+    sight = torch.nn.ModuleList([vlm.model.vision_tower, net.heads])
+    for name, module, loss, steps in (("vlm_sight", sight, seeing, args.sight_steps),
+                                      ("vlm_words", vlm.model.language_model, comparing, args.word_steps)):
+        if steps and fit(name, module, loss, argparse.Namespace(**vars(args) | {"steps": steps})) < steps:
+            return  # out of time; its checkpoint is kept
+    steps = fit("vlm", net.train(), answering, args, picture)
     write_vlm(vlm, processor, args.out / "vlm")
+    note_steps(args.out / "vlm", steps, args)
 
 
 def write_vlm(vlm, processor, folder):
@@ -443,8 +466,26 @@ def pretrain_judge(args):
         wanted = torch.cat(told, 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
-    judge = fit("judge", judge, loss_of_step, args)
+    steps = fit("judge", judge, loss_of_step, args)
     export(judge.half().save_pretrained, args.out / "judge")
+    note_steps(args.out / "judge", steps, args)
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+def pretrain_all(args):
+    """Each model with the settings of ALL, until it is done or the time is up."""
+    for name, settings in ALL.items():
+        folder = args.out / {"vae": "flux/vae"}.get(name, name)
+        note = folder / "training.json"
+        done = dsd.read_json(note)["steps"] if note.exists() else 0
+        if name == "references" or done < settings["steps"]:
+            own = argparse.Namespace(**vars(args) | {"begun": time.time(), "model": name} | settings)
+            if done and not (Path("runs/pretrain") / name / "checkpoint.pt").exists():  # from the exported weights
+                own.start, own.done = folder, done
+            run(own)
+            if time.time() > args.deadline:
+                return print(f"the time is up in the training of {name}; the same command goes on from here")
+    print("all models are made")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -452,7 +493,10 @@ COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=
             "flux": (pretrain_flux, dict(steps=10400, batch_size=16, learning_rate=2e-3)),
             "references": (draw_references, {}),
             "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
-            "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3))}
+            "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3)),
+            "all": (pretrain_all, {})}
+ALL = {"vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
+       "references": {}, "judge": dict(steps=10_000), "vlm": dict(steps=4000)}  # what `all` does, in this order
 EDITIONS = {"first": world.FIRST, "second": world.SECOND}
 
 
@@ -466,8 +510,8 @@ def main():
     parser.add_argument("--poses", type=int, help="flux, judge: only the first so many of the world's named poses")
     parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
-    parser.add_argument("--given", type=float, default=0., help="flux: in this share of the sheets one panel is shown without "
-                        "noise and left out of the loss: the others learn to look at it")
+    parser.add_argument("--ahead", type=float, default=0., help="flux: in this share of the sheets one panel has less noise "
+                        "than the others and is left out of the loss: they learn to look at it")
     parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE only the "
                         "decoder goes on")
     parser.add_argument("--sight_steps", type=int, help="vlm: steps of the vision tower by itself, first (default: 3000, or "
@@ -481,20 +525,27 @@ def main():
     parser.add_argument("--save_minutes", type=float, default=3.0)
     parser.add_argument("--export", action="store_true", help="flux: write the folder from the last checkpoint, now")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, and export what there is")
     args = parser.parse_args()
-    train, defaults = COMMANDS[args.model]
-    from_nothing = dict(sight_steps=3000, word_steps=600) if not args.start else dict(sight_steps=0, word_steps=0)
-    for key, value in (defaults | from_nothing).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    args.begun, args.done, args.device = time.time(), 0, "cuda" if torch.cuda.is_available() else "cpu"
+    args.deadline = args.begun + args.minutes * 60
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.edition = EDITIONS[args.edition]
+    args.edition = EDITIONS["second" if args.model == "all" else args.edition]
     if args.poses:
         args.edition = dataclasses.replace(args.edition, poses=args.poses)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    run(args)
+
+
+def run(args):
+    """One of COMMANDS, with its defaults for what is not given."""
+    train, defaults = COMMANDS[args.model]
+    first = dict(sight_steps=0, word_steps=0) if args.start else dict(sight_steps=3000, word_steps=600)
+    for key, value in (defaults | first if args.model != "all" else {}).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     torch.manual_seed(args.seed)
-    if not args.export and args.model != "references":  # an export may read beside the run that writes
+    if not args.export and args.model not in ("references", "all"):  # an export may read beside the run that writes
         folder = argparse.Namespace(out=Path("runs/pretrain") / args.model)
         lock = dsd.open_out(folder, "pretrain", changeable=[], model=args.model)  # noqa: F841; held until the end
     train(args)

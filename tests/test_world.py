@@ -1,10 +1,14 @@
 """The miniature's world: its identities, its held-out tenth, its pictures and its words."""
 
 import itertools
+import json
 import re
+import shutil
+import sys
 
 import lessons
 import models
+import pretrain
 import pytest
 import torch
 import world
@@ -305,6 +309,29 @@ def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenize
 
 def test_sample_prompts_of_the_miniature_are_words_the_teacher_knows(tokenizers):
     check_tokens(tokenizers, [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS])
+
+
+# ---- one command for all models --------------------------------------------------------------------------------------
+def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp_path, monkeypatch):
+    def leg(minutes):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "all", "--out", str(tmp_path / "made"), "--minutes", minutes])
+        pretrain.main()
+        notes = {file.parent.name: json.loads(file.read_text())["steps"]
+                 for file in (tmp_path / "made").rglob("training.json")}
+        shutil.rmtree(tmp_path / "runs")  # a new machine
+        return notes
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lessons, "POOL", 4)
+    fit = pretrain.fit
+    monkeypatch.setattr(pretrain, "fit", lambda name, module, loss, args, picture=None: fit(name, module, loss, args))
+    tiny = {"batch_size": 8, "sight_steps": 1, "word_steps": 1, "sheets": 8}
+    monkeypatch.setattr(pretrain, "ALL", {name: settings | tiny | {"steps": 2}
+                                          for name, settings in pretrain.ALL.items()})
+    monkeypatch.setitem(pretrain.ALL, "vae", {"steps": 1, "batch_size": 12})
+    assert leg("0") == {"vae": 1}
+    assert leg("0") == {"vae": 1, "flux": 1}
+    assert leg("10") == {"vae": 1, "flux": 2, "judge": 2, "vlm": 2}
+    assert len(list((tmp_path / "made" / "references").iterdir())) == 8
 
 
 # ---- what the VLM learns ---------------------------------------------------------------------------------------------
