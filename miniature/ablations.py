@@ -30,7 +30,7 @@ from peft import LoraConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402
-from miniature import exams  # noqa: E402
+from miniature import exams, rivals  # noqa: E402
 
 SEARCH = range(100_000, 100_008)  # numbers of the references for the search; the table never shows them
 STRENGTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of SDEdit
@@ -93,6 +93,16 @@ def train(name, args):
     run_script("finetune.py", "--model", args.model, "--pairs", pairs_for(which, args), "--out", folder,
                "--device", args.device, *flags)
     return {"adapter": folder}
+
+
+def train_rival(kind, args):
+    """Train one of rivals.py on the curated pairs, as many steps as DSD. Returns the option that its row needs."""
+    folder = args.out / "ablations" / kind
+    if not (folder / rivals.FILE).exists():
+        steps = ["--steps", args.ablation_steps] if args.ablation_steps else []
+        run_script("miniature/rivals.py", kind, "--model", args.model, "--pairs", args.pairs, "--out", folder,
+                   "--device", args.device, *steps)
+    return {"rival": (kind, folder)}
 
 
 def held_frame(pipe, cases, args):
@@ -180,6 +190,9 @@ def all_rows(args):
     rows += [dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)), dsd_row]
     rows += [dsd_row._replace(name=f"DSD, guidance {i} {t}", group="guidance",
                               options={"image_guidance": i, "text_guidance": t}) for i, t in GUIDANCE]
+    rows += [evaluate.Row(f"{name}, trained on the same pairs", "rival", rivals.draw, FluxPipeline,
+                          train=lambda kind=kind: train_rival(kind, args))
+             for kind, name in (("ip_adapter", "like IP-Adapter"), ("controlnet", "like ControlNet"))]
     rows += [dsd_row._replace(name="DSD, frame 1 held", group="sampling", draw=held_frame)]
     rows += [dsd_row._replace(name=f"DSD, {name}", group="ablation", train=lambda name=name: train(name, args))
              for name in ABLATIONS]
@@ -189,7 +202,7 @@ def all_rows(args):
 
 def check_sources(rows, args):
     """Refuse ablations without the data that they learn from, before hours are spent on other rows."""
-    names = [row.name.removeprefix("DSD, ") for row in rows if row.group == "ablation"]
+    names = [row.name.removeprefix("DSD, ") for row in rows if row.group in ("ablation", "rival")]
     needed = {ABLATIONS.get(name, ["curated"])[0] for name in names}
     for file, used in ((args.pairs / "metadata.jsonl", needed),
                        (args.grids / "grids.jsonl", needed & {"uncurated", "as many"})):
