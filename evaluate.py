@@ -268,7 +268,7 @@ def evaluate(rows, args, **more):
     """Draw and score the rows; after each one, report what is known so far. more: what else decides the results."""
     dsd.check_model(args.model, args.width, args.height)
     cases = exams.folder_cases(args) if args.folder else exams.world_cases(
-        range(args.count or 16), args.contexts, args.seed, args.width, args.poses)
+        range(args.count or 16), args.contexts, args.seed, args.width, args.poses, exams.seen_identities(args.adapter))
     weights = [file for folder in (args.model, args.vlm, args.judge) for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
     with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder

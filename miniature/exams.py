@@ -86,15 +86,27 @@ def render(identity, context, pose, size):
     return to_image(world.render(identity[None], context[None], pose[None], size)[0])
 
 
-def world_cases(numbers, prompts, seed, size, poses=1):
+def seen_identities(adapter):
+    """The identities in the pairs that an adapter was trained on, by number: seen.json in its folder (measure.py writes
+    it), or none."""
+    file = Path(adapter or "") / "seen.json"
+    return set(dsd.read_json(file)["identities"]) if file.exists() else set()
+
+
+def world_cases(numbers, prompts, seed, size, poses=1, seen=()):
     """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit. The
     reference and what is asked for stand in any of the first `poses` named poses.
 
-    A reference depends on its number and the seed alone: more references never change the first ones."""
+    A reference depends on its number and the seed alone: more references never change the first ones. References whose
+    identity was `seen` in training (the teacher may draw any by itself) are left out, which is said."""
     cases = []
     for number in numbers:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        identity = world.identity_of(world.draw_identities(1, draw, held_out=True))[0]
+        index = world.draw_identities(1, draw, held_out=True)
+        if index.item() in seen:
+            print(f"reference {number} is left out: its critter is in the pairs that the adapter was trained on")
+            continue
+        identity = world.identity_of(index)[0]
         shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
         asked = world.draw_contexts(64, draw)
         asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall

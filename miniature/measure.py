@@ -10,6 +10,8 @@ teacher  grids as generate_grids.py draws them, read by the judge: is the contex
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
 moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side of
          it, or in a named pose; what is asked for always stands
+seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter that
+         was trained on these pairs (seen.json): the evaluation leaves such references out
 
 A judge that knows the second edition's poses is measured on panels in all of them, and measures a teacher's too.
 """
@@ -225,6 +227,18 @@ def measure_moved(args):
     return {"critters": args.count, **result}
 
 
+def measure_seen(args):
+    records = dsd.read_records(args.pairs / "metadata.jsonl", "reference_file_name", "target_file_name")
+    files = sorted({record[name] for record in records for name in ("reference_file_name", "target_file_name")})
+    found = seen_by(exams.Judge(args.judge), [dsd.open_image(args.pairs / file) for file in files])[:, :7]
+    found = found[found[:, 2] != found[:, 4]]  # no critter has one colour twice, though the judge may see it so
+    identities = sorted(set(world.identity_number(found).tolist()))
+    held_out = world.is_held_out(torch.tensor(identities)).sum().item()
+    dsd.write_json(Path(args.adapter) / "seen.json", {"identities": identities})
+    print(f"{len(identities)} critters in {len(files)} pictures, {held_out} of them of the held-out side")
+    return {"pictures": len(files), "identities": len(identities), "held_out": held_out}
+
+
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
 def held_out_change(identity, count, generator):
     """world.change_attributes, drawn again until the result is held out too. A few identities have no held-out neighbour
@@ -321,7 +335,7 @@ def print_verdicts(result):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 COMMANDS = {"vae": measure_vae, "judge": measure_judge, "vlm": measure_vlm, "teacher": measure_teacher,
-            "moved": measure_moved}
+            "moved": measure_moved, "seen": measure_seen}
 
 
 def main():
@@ -330,7 +344,8 @@ def main():
     parser.add_argument("--vlm", default=str(HERE / "vlm"), help='"" measures the teacher without it')
     parser.add_argument("--model", default=str(HERE / "flux"), help="the teacher's folder")
     parser.add_argument("--judge", default=str(HERE / "judge"))
-    parser.add_argument("--adapter", default=str(HERE / "adapter"), help="moved: the adapter")
+    parser.add_argument("--adapter", default=str(HERE / "adapter"), help="moved, seen: the adapter's folder")
+    parser.add_argument("--pairs", type=Path, default=Path("runs/pairs"), help="seen: what the adapter was trained on")
     parser.add_argument("--count", type=int, default=600, help="panels, pairs or grids")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--vae", help="the VAE (default: the teacher's); vlm: send the panels through it first")

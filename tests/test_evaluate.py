@@ -163,7 +163,7 @@ def test_cases_ask_for_new_scenes_or_for_another_light_only():
 
 
 def test_cases_in_poses_ask_for_them_and_relit_ones_stand_as_the_reference():
-    cases = exams.world_cases(range(20), 4, 0, 32, len(world.POSES))
+    cases = exams.world_cases(range(40), 4, 0, 32, len(world.POSES))
     for case in cases:
         for context, prompt in ((case.context, case.prompt), (case.shown, case.reference_prompt)):
             assert [pose for pose in world.POSE_NAMES[1:] if pose in prompt] == [context["pose"]] * (
@@ -175,6 +175,17 @@ def test_cases_in_poses_ask_for_them_and_relit_ones_stand_as_the_reference():
         assert case.context["pose"] == "standing" or f" {case.context['pose']} " in case.sheet_prompt
     assert {case.move for case in cases} == {"same pose", "moved", "turned"}
     assert {case.shown["pose"] for case in cases} == set(world.POSE_NAMES)
+
+
+def test_references_that_training_saw_are_left_out(tmp_path, capsys):
+    cases = exams.world_cases(range(3), 1, 0, 32)
+    values = [world.IDENTITY[name].index(cases[2].identity[name]) for name in world.IDENTITY]
+    number = world.identity_number(torch.tensor([values])).item()
+    dsd.write_json(tmp_path / "seen.json", {"identities": [number, 5]})
+    left = exams.world_cases(range(3), 1, 0, 32, seen=exams.seen_identities(tmp_path))
+    assert [case.reference for case in left] == [0, 0, 2, 2] and "reference 1 is left out" in capsys.readouterr().out
+    assert [case.prompt for case in left] == [case.prompt for case in cases if case.reference != 1]
+    assert exams.seen_identities(tmp_path / "elsewhere") == set() == exams.seen_identities(None)
 
 
 def make_benchmark(folder):
