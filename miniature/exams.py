@@ -110,7 +110,8 @@ def world_cases(numbers, prompts, seed, size, poses=1, seen=()):
         shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
         asked = world.draw_contexts(64, draw)
         asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
-        named = torch.randint(poses, (72,), generator=torch.Generator().manual_seed(seed * 1_000_003 + number)).tolist()
+        mixed = (seed * 1_000_003 + number + 1) * 2654435761  # the first draws of neighbouring seeds are alike
+        named = torch.randint(poses, (72,), generator=torch.Generator().manual_seed(mixed % 2**63)).tolist()
         if prompts > len(asked):
             raise dsd.DsdError(f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts")
         relit = shown.clone()
