@@ -1,4 +1,4 @@
-"""What the six lessons share: where things are, how pictures are shown, and a look inside the models.
+"""What the lessons share: where things are, how pictures are shown, and a look inside the models.
 
 `import lesson` finds `dsd.py` and the miniature and changes into an empty temporary folder, so that whatever a lesson
 draws or trains (`runs/...`) lands there and the repository stays as it is. The folder is deleted with the kernel.

@@ -30,8 +30,8 @@ def solution(request):
     return request.param
 
 
-def test_there_are_six_lessons_numbered_from_0():
-    assert [file.name[:2] for file in LESSONS] == [f"{n}_" for n in range(6)]
+def test_lessons_are_numbered_from_0():
+    assert [file.name[:2] for file in LESSONS] == [f"{n}_" for n in range(len(LESSONS))]
     assert {file.name for file in LESSONS} == {file.name for file in (ROOT / "notebooks").glob("*.ipynb")}
 
 
