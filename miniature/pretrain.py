@@ -137,11 +137,9 @@ def learning_rate_share(step, steps, warmup=100):
     return min(1.0, (step + 1) / warmup, max((steps - step) / (0.4 * steps), 0.0))
 
 
-def note_steps(folder, steps, args):
-    """Write into a model's folder how many steps it has learned, and in how many minutes altogether."""
-    file = folder / "training.json"
-    before = dsd.read_json(file)["minutes"] if args.done else 0
-    dsd.write_json(file, {"steps": steps, "minutes": round(before + (time.time() - args.begun) / 60, 1)})
+def note_steps(folder, steps):
+    """Write into a model's folder how many steps it has learned."""
+    dsd.write_json(folder / "training.json", {"steps": steps})
 
 
 def load_averages(name, module):
@@ -209,7 +207,7 @@ def pretrain_vae(args):
         vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
     export(vae.half().save_pretrained, args.out / "flux" / "vae")
-    note_steps(args.out / "flux" / "vae", steps, args)
+    note_steps(args.out / "flux" / "vae", steps)
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
@@ -312,7 +310,7 @@ def pretrain_flux(args):
             return  # out of time; its checkpoint is kept
     steps = fit("flux", net.train(), loss_of_step, args, picture)
     write_flux(pipe, args)
-    note_steps(args.out / "flux", steps, args)
+    note_steps(args.out / "flux", steps)
 
 
 def tokenize(pipe, captions, length):
@@ -428,7 +426,7 @@ def pretrain_vlm(args):
             return  # out of time; its checkpoint is kept
     steps = fit("vlm", net.train(), answering, args, picture)
     write_vlm(vlm, processor, args.out / "vlm")
-    note_steps(args.out / "vlm", steps, args)
+    note_steps(args.out / "vlm", steps)
 
 
 def write_vlm(vlm, processor, folder):
@@ -468,7 +466,7 @@ def pretrain_judge(args):
 
     steps = fit("judge", judge, loss_of_step, args)
     export(judge.half().save_pretrained, args.out / "judge")
-    note_steps(args.out / "judge", steps, args)
+    note_steps(args.out / "judge", steps)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -479,7 +477,7 @@ def pretrain_all(args):
         note = folder / "training.json"
         done = dsd.read_json(note)["steps"] if note.exists() else 0
         if name == "references" or done < settings["steps"]:
-            own = argparse.Namespace(**vars(args) | {"begun": time.time(), "model": name} | settings)
+            own = argparse.Namespace(**vars(args) | {"model": name} | settings)
             if done and not (Path("runs/pretrain") / name / "checkpoint.pt").exists():  # from the exported weights
                 own.start, own.done = folder, done
             run(own)
@@ -527,8 +525,8 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, and export what there is")
     args = parser.parse_args()
-    args.begun, args.done, args.device = time.time(), 0, "cuda" if torch.cuda.is_available() else "cpu"
-    args.deadline = args.begun + args.minutes * 60
+    args.done, args.device = 0, "cuda" if torch.cuda.is_available() else "cpu"
+    args.deadline = time.time() + args.minutes * 60
     if args.threads:
         torch.set_num_threads(args.threads)
     args.edition = EDITIONS["second" if args.model == "all" else args.edition]
