@@ -14,7 +14,7 @@ VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values(), list(world.POSES)] 
 POSE_WORDS = ["standing", "left", "right", "jumping", "lying", "upside"]  # one word for each pose, where poses are compared
 
 
-def draw_pool(groups, generator, change=world.change_in_training, held_out=False):
+def draw_pool(groups, generator, change=world.change_in_training, held_out=False, device="cpu"):
     """Panels for pairs: images (groups, 6, 3, s, s) in uint8 and their eleven attributes (groups, 6, 11).
 
     Of each group panels 0, 1, 2 show one critter: 1 in a free context and pose, 2 as 0 but in another light. Panels
@@ -34,8 +34,8 @@ def draw_pool(groups, generator, change=world.change_in_training, held_out=False
     context[:, 2, 2] = (context[:, 0, 2] + torch.randint(1, 4, (groups,), generator=generator)) % 4
     images = []
     for part in tqdm(range(0, groups, 100), desc="draw panels"):
-        rows = [t[part:part + 100].flatten(0, 1) for t in (identity, context, pose)]
-        images.append((world.render(*rows, models.PANEL) * 255).round().byte())
+        rows = [t[part:part + 100].flatten(0, 1).to(device) for t in (identity, context, pose)]
+        images.append((world.render(*rows, models.PANEL) * 255).round().byte().cpu())
     return torch.cat(images).unflatten(0, (groups, 6)), torch.cat([identity, context, named[..., None]], 2)
 
 

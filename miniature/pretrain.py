@@ -90,7 +90,7 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     out = Path("runs/pretrain") / name
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
-    ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75, foreach=True)
     log, done = resume(out, parameters, optimizer, ema)
     done = max(done, args.done)
     ema.to(args.device)
@@ -220,12 +220,12 @@ def encode_world(vae, layout, count, args):
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts, captions, n = [], [], 32 // (layout[0] * layout[1])
+        parts, captions, n = [], [], 512 // (layout[0] * layout[1])
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
-            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, edition=args.edition)
+            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, False, args.edition, args.device)
             with torch.no_grad(), autocast(args.device):
-                z = vae.encode(x.to(args.device) * 2 - 1).latent_dist.mode().float()
+                z = vae.encode(x * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
             captions += c
         with dsd.writing(path) as part:
@@ -261,7 +261,7 @@ def pretrain_flux(args):
         ids = dsd.position_ids(side * layout[0], side * layout[1])
         panel = (ids[:, 1] // (side // 2) * layout[1] + ids[:, 2] // (side // 2)).long()  # (N,)
         per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
-        kinds.append((latents, clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
+        kinds.append((latents.to(args.device), clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
 
     def reading(step, generator):
@@ -277,15 +277,16 @@ def pretrain_flux(args):
         clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
         t5_ids = torch.where(drop, null_t5[:, :t5_ids.shape[1]], t5_ids[index]).to(args.device)
         parts = parts_of(t5_ids, pipe.tokenizer_2)
-        x_0 = latents[index].float()
-        eps = torch.randn(x_0.shape, generator=generator)
+        x_0 = latents[index.to(args.device)].float()
+        noise = torch.Generator(args.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        eps = torch.randn(x_0.shape, generator=noise, device=args.device)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
         ahead = torch.zeros(x_0.shape[:2], dtype=torch.bool)  # (n, N): tokens of panels that have less noise
         if args.ahead and (panels := panel.max().item() + 1) > 1:
             one = torch.randint(panels, (n, 1), generator=generator)
             ahead = (panel == one) & (torch.rand(n, 1, generator=generator) < args.ahead)
         less = sigma * torch.rand(n, generator=generator)
-        x_0, eps, sigma, less, ahead = (x.to(args.device) for x in (x_0, eps, sigma, less, ahead[..., None]))
+        sigma, less, ahead = (x.to(args.device) for x in (sigma, less, ahead[..., None]))
         text = t5(t5_ids)[0]
         v = pipe.transformer(
             hidden_states=torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)),
@@ -362,7 +363,8 @@ def pool_of_panels(args):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
-        images, attributes = lessons.draw_pool(lessons.POOL, torch.Generator().manual_seed(args.seed + 77))
+        generator = torch.Generator().manual_seed(args.seed + 77)
+        images, attributes = lessons.draw_pool(lessons.POOL, generator, device=args.device)
         images[:lessons.POOL // 4] = through_vae(images[:lessons.POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
         with dsd.writing(path) as part:
             save_file({"images": images, "attributes": attributes}, part)

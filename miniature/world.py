@@ -58,16 +58,16 @@ class Edition:
 FIRST = Edition(poses=1, slips=1 - CONSISTENT, differing=3, unrelated=0., detailed=DETAILED)
 SECOND = Edition(poses=len(POSES), slips=.1, differing=2, unrelated=1 / 3, detailed={1: .3, 2: 0., 4: 0.})
 
-_SKY = torch.tensor([[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
-                     [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]])
-_GROUND = torch.tensor([[.97, .98, 1.0], [.94, .84, .56], [.26, .42, .16], [.36, .29, .27], [.86, .62, .30],
-                        [.34, .35, .38], [.42, .74, .26], [.42, .34, .52]])
-_CAST = torch.tensor([[1., 1., 1.], [1.12, .74, .46], [.42, .52, .90], [1.05, .50, 1.08]])
-_LIGHT_FROM = torch.tensor([[0., -1.], [1., -.2], [-.7, -.7], [-1., .3]])  # where the light stands (x, y down)
-_EAR_X = torch.tensor([.27, .28, .20, .17, .27, .25])  # ear anchors, one for each body shape
-_EAR_Y = torch.tensor([-.38, -.40, -.48, -.46, -.26, -.38])
+_SKY = [[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
+        [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]]
+_GROUND = [[.97, .98, 1.0], [.94, .84, .56], [.26, .42, .16], [.36, .29, .27], [.86, .62, .30],
+           [.34, .35, .38], [.42, .74, .26], [.42, .34, .52]]
+_CAST = [[1., 1., 1.], [1.12, .74, .46], [.42, .52, .90], [1.05, .50, 1.08]]
+_LIGHT_FROM = [[0., -1.], [1., -.2], [-.7, -.7], [-1., .3]]  # where the light stands (x, y down)
+_EAR_X = [.27, .28, .20, .17, .27, .25]  # ear anchors, one for each body shape
+_EAR_Y = [-.38, -.40, -.48, -.46, -.26, -.38]
 _EYES = [[(0., -.10)], [(-.17, -.10), (.17, -.10)], [(-.16, -.02), (.16, -.02), (0., -.27)]]  # where they are
-_TOP_Y = torch.tensor([-.48, -.42, -.58, -.56, -.50, -.48])  # where a hat sits
+_TOP_Y = [-.48, -.42, -.58, -.56, -.50, -.48]  # where a hat sits
 
 
 # ---- identities and contexts as integers -----------------------------------------------------------------------------
@@ -273,10 +273,17 @@ def _ears(kind, x, y, ex, ey):  # x is mirrored: both ears at once
 
 
 def render(identity, context, pose, size=32):
-    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, 7) in `context` (N, 3) and `pose` (N, 4).
+    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, 7) in `context` (N, 3) and `pose` (N, 4), drawn on
+    the device that these are on.
 
-    Drawn at twice the size and averaged down; 32 panels at a time, which fit into a processor's cache."""
-    return torch.cat([_render(*part, size) for part in zip(identity.split(32), context.split(32), pose.split(32))])
+    Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its cache."""
+    n = len(identity) if identity.is_cuda else 32
+    with identity.device:  # where tensors are made that follow no other
+        return torch.cat([_render(*part, size) for part in zip(identity.split(n), context.split(n), pose.split(n))])
+
+
+def _look_up(table, index):
+    return torch.tensor(table)[index]
 
 
 def _render(identity, context, pose, size):
@@ -294,7 +301,7 @@ def _render(identity, context, pose, size):
         m = mask(distance)
         return image + m * (colour - image)
 
-    image = _background(scene, X, Y, paint) * _CAST[light].view(n, 3, 1, 1)
+    image = _background(scene, X, Y, paint) * _look_up(_CAST, light).view(n, 3, 1, 1)
 
     # the critter's own frame: x, y (N, S, S)
     cx, cy, scale, tilt = (p.view(n, 1, 1) for p in pose.unbind(1))
@@ -312,7 +319,7 @@ def _render(identity, context, pose, size):
         body[i] = _body(k, x[i], y[i])
     for k in range(len(IDENTITY["ears"])):
         i = ears == k
-        ear[i] = _ears(k, x[i], y[i], _EAR_X[shape[i]].view(-1, 1, 1), _EAR_Y[shape[i]].view(-1, 1, 1))
+        ear[i] = _ears(k, x[i], y[i], _look_up(_EAR_X, shape[i]).view(-1, 1, 1), _look_up(_EAR_Y, shape[i]).view(-1, 1, 1))
     feet = _ellipse(x.abs() - .20, y - .47, .17, .11)
 
     ink = torch.tensor([.08, .06, .10]).view(1, 3, 1, 1)
@@ -327,12 +334,12 @@ def _render(identity, context, pose, size):
         marks[pattern == k] = m[pattern == k]
     critter = paint(critter, torch.maximum(marks, body + .02), trim)
     critter = _face(critter, eyes, x, y, paint)
-    critter = _accessory(critter, accessory, x, y, _TOP_Y[shape].view(n, 1, 1), paint)
+    critter = _accessory(critter, accessory, x, y, _look_up(_TOP_Y, shape).view(n, 1, 1), paint)
 
     # light: less of the cast on the critter than on the scene, and a shade on the side away from the lamp
-    lamp = _LIGHT_FROM[light]
+    lamp = _look_up(_LIGHT_FROM, light)
     toward = (dx * lamp[:, 0].view(n, 1, 1) + dy * lamp[:, 1].view(n, 1, 1)).unsqueeze(1)
-    lit = critter * (.70 + .30 * _CAST[light].view(n, 3, 1, 1)) * (1 + .30 * toward.clamp(-.6, .6))
+    lit = critter * (.70 + .30 * _look_up(_CAST, light).view(n, 3, 1, 1)) * (1 + .30 * toward.clamp(-.6, .6))
     whole = torch.stack([body, ear, feet]).amin(0) - .035
     image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (lit - image)
     return F.avg_pool2d(image.clamp(0, 1), 2)
@@ -340,7 +347,7 @@ def _render(identity, context, pose, size):
 
 def _background(scene, X, Y, paint):
     n = len(scene)
-    sky, ground = _SKY[scene].view(n, 3, 1, 1), _GROUND[scene].view(n, 3, 1, 1)
+    sky, ground = _look_up(_SKY, scene).view(n, 3, 1, 1), _look_up(_GROUND, scene).view(n, 3, 1, 1)
     image = sky * (1 + .10 * Y.unsqueeze(1))
     away = torch.full_like(X, 9.)
 
@@ -405,8 +412,8 @@ def _accessory(image, kind, x, y, top, paint):
 
 
 # ---- sheets ----------------------------------------------------------------------------------------------------------
-def sheets(n, generator, layout=(2, 2), size=32, held_out=False, edition=FIRST):
-    """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] and their captions.
+def sheets(n, generator, layout=(2, 2), size=32, held_out=False, edition=FIRST, device="cpu"):
+    """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] on `device`, and their captions.
 
     Most show one critter; in edition.slips of them one panel differs in a few attributes, in edition.unrelated of them
     one or more, but not all, show unrelated critters of the same noun. 30 % of the sheets are of the family *relight*
@@ -440,7 +447,7 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, edition=FIRST):
     lights = torch.rand(n, 4, generator=generator).argsort(1)[:, :p]
     context[relight, :, 2] = lights[relight]
     stand = in_pose(pose.flatten(0, 1), named.flatten())
-    images = render(panels.flatten(0, 1), context.flatten(0, 1), stand, size)
+    images = render(*(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size)
     images = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()
     detailed = draw[:, 0] < edition.detailed[p]
