@@ -211,6 +211,35 @@ def pretrain_vae(args):
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
+class Pass(torch.nn.Module):
+    """run(*tensors) -> tensor: a pass of `module`, which is named so that its parameters are known."""
+
+    def __init__(self, module, run):
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, *tensors):
+        return self.run(*tensors)
+
+
+class Graphs(torch.nn.Module):
+    """A Pass that is recorded as a CUDA graph, once for each shape of its inputs, and then replayed, gradients included.
+    In models as small as these a GPU would else mostly wait for the next of thousands of small kernels."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.recorded = run, {}
+
+    def forward(self, *tensors):
+        shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
+        if shapes not in self.recorded:
+            examples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                self.recorded[shapes] = torch.cuda.make_graphed_callables(
+                    Pass(self.run.module, self.run.run), examples, allow_unused_input=True)
+        return self.recorded[shapes](*tensors)
+
+
 def encode_world(vae, layout, count, args):
     """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
 
@@ -220,7 +249,8 @@ def encode_world(vae, layout, count, args):
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts, captions, n = [], [], 512 // (layout[0] * layout[1])
+        parts, captions = [], []
+        n = (512 if args.device == "cuda" else 32) // (layout[0] * layout[1])  # at once: as many as suit its caches
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
             x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, False, args.edition, args.device)
@@ -264,6 +294,13 @@ def pretrain_flux(args):
         kinds.append((latents.to(args.device), clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
 
+    passes = [Pass(t5, lambda ids: t5(ids)[0]),
+              Pass(pipe.text_encoder, lambda ids: pipe.text_encoder(ids).pooler_output),
+              Pass(pipe.transformer, lambda x, sigma, text, pooled, ids, text_ids: pipe.transformer(
+                  hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled, img_ids=ids,
+                  txt_ids=text_ids).sample)]
+    encode_text, pool_text, predict = map(Graphs, passes) if args.graphs else passes
+
     def reading(step, generator):
         t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)
         return F.cross_entropy(part_of_word(t5(t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
@@ -287,12 +324,9 @@ def pretrain_flux(args):
             ahead = (panel == one) & (torch.rand(n, 1, generator=generator) < args.ahead)
         less = sigma * torch.rand(n, generator=generator)
         sigma, less, ahead = (x.to(args.device) for x in (sigma, less, ahead[..., None]))
-        text = t5(t5_ids)[0]
-        v = pipe.transformer(
-            hidden_states=torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)),
-            timestep=sigma, encoder_hidden_states=text,
-            pooled_projections=pipe.text_encoder(clip_ids).pooler_output, img_ids=ids,
-            txt_ids=torch.zeros(text.shape[1], 3, device=text.device)).sample
+        text = encode_text(t5_ids)
+        v = predict(torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)), sigma, text,
+                    pool_text(clip_ids), ids, torch.zeros(text.shape[1], 3, device=text.device))
         error = (v.float() - dsd.velocity(x_0, eps))[~ahead.squeeze(2)].square().mean()
         return error + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
 
@@ -519,6 +553,8 @@ def main():
     parser.add_argument("--word_steps", type=int, help="vlm, flux: steps of the language model by itself, next (default: "
                         "600, or 0 with --start)")
     parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")
+    parser.add_argument("--graphs", action="store_true", help="flux, on a CUDA GPU: replay the passes as CUDA graphs (a step "
+                        "costs half or a third)")
     parser.add_argument("--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)

@@ -93,15 +93,16 @@ def clean(notebook):
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
-def execute(notebook):
-    """Run a solution notebook in place, in `notebooks/` and without progress bars, and prove its exercises.
+def execute(notebook, **environment):
+    """Run a solution notebook in place, in `notebooks/` and without progress bars, and prove its exercises. The kernel
+    gets these environment variables too.
 
     Returns how many answers were tried, and the seconds of processor time that all of it took."""
-    os.environ["TQDM_DISABLE"] = "1"
+    environment = os.environ | {"TQDM_DISABLE": "1"} | environment
     client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(HERE)}})
     exercise, others, tried = None, [], 0
-    with client.setup_kernel():
+    with client.setup_kernel(env=environment):
         for i, cell in enumerate(notebook.cells):
             if cell.cell_type == "raw":
                 others.append(cell.source)

@@ -1,7 +1,9 @@
 """The lessons are whole, small and clean as committed; every solution runs, and make.py proves every exercise."""
 
+import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -108,13 +110,28 @@ def test_no_cell_installs_downloads_or_logs_in(solution):
                              r"|hf_hub_download)\b", cell.source)
 
 
-def test_the_solution_runs_and_its_exercises_are_proven(solution):
-    """A cell may take 1,800 seconds, which is against hanging only: nothing here depends on the machine's speed."""
-    notebook = committed(solution)
+@pytest.fixture(scope="module")
+def proofs(request):
+    """{lesson: a future}. Models as small as these gain little from a second thread: so the lessons that this run of the
+    tests asks for are run side by side instead, each with one thread."""
+    wanted = {item.callspec.params["solution"] for item in request.session.items if "proofs" in item.fixturenames}
+    with ThreadPoolExecutor(min(os.cpu_count(), 4)) as pool:
+        yield {file: pool.submit(prove, file) for file in sorted(wanted)}
+
+
+def prove(file):
+    """How many answers make.py tried in a lesson, and how many checks the lesson has."""
+    notebook = committed(file)
     for cell in code(notebook):
         cell.outputs = []
-    tried, _ = make.execute(notebook)  # raises if a cell fails, or an exercise does not hold what make.py promises
-    assert tried >= 5 * sum(cell.source.startswith("# check") for cell in notebook.cells)
+    tried, _ = make.execute(notebook, OMP_NUM_THREADS="1")  # raises if an exercise does not hold what make.py promises
+    return tried, sum(cell.source.startswith("# check") for cell in notebook.cells)
+
+
+def test_the_solution_runs_and_its_exercises_are_proven(solution, proofs):
+    """A cell may take 1,800 seconds, which is against hanging only: nothing here depends on the machine's speed."""
+    tried, checks = proofs[solution].result()
+    assert tried >= 5 * checks
 
 
 def test_blanks_replace_what_stands_between_the_marks():
