@@ -12,8 +12,9 @@ classifier that no other step uses) can say of each attribute whether it is righ
     PF      share of scene, accessory and light that are as asked; "de-biased": only of those that differ from the
             reference's, so that a copy of the reference scores nothing
     CPxPF   the product for each picture, then averaged
-A vision-language model scores CP and PF as well, 0 to 4 as in DreamBench++, divided by 4. A folder in DreamBench++'s
-layout (images/**/NN.jpg and captions/**/NN.txt: the subject's name, then one prompt a line) has only these scores.
+--witness adds the CP and CPxPF of a second judge. A vision-language model scores CP and PF as well, 0 to 4 as in
+DreamBench++, divided by 4. A folder in DreamBench++'s layout (images/**/NN.jpg and captions/**/NN.txt: the subject's
+name, then one prompt a line) has only these scores.
 
 Writes to --out: table.md, scatter.png, contact_sheet.png, scores.json, and in rows/NAME/ a PNG and a JSON file (scores
 and answers) for each picture. Started again, the same command makes only what is missing; --rows, --strengths and
@@ -44,6 +45,7 @@ COLUMNS = {  # of the two tables: heading -> score
     "subject": {"CP": "cp", "all kept": "all_kept", "PF": "pf", "CPxPF": "cp_pf", "de-biased CPxPF": "cp_pf_new",
                 "VLM CP": "vlm_cp", "VLM PF": "vlm_pf", "VLM CPxPF": "vlm_cp_pf", "VLM de-biased": "vlm_cp_pf_new",
                 "CPxPF, same pose": "cp_pf_same pose", "CPxPF, moved": "cp_pf_moved", "CPxPF, turned": "cp_pf_turned",
+                "witness's CP": "witness_cp", "witness's CPxPF": "witness_cp_pf", "judges agree": "judges_agree",
                 "DSD minus this row, CPxPF": "dsd_minus", "seconds a picture": "seconds"},
     "relight": {"identity (CP)": "cp", "scene kept": "scene_as_wanted", "pose kept": "pose",
                 "light as asked": "light_as_wanted"}}
@@ -222,6 +224,7 @@ def parse_args(parser):
     add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
     add("--vlm", default=dsd.MINIATURE / "vlm", help="gives scores: an image-text-to-text folder or hub name")
     add("--judge", type=Path, default=dsd.MINIATURE / "judge", help="gives scores: the folder of an image classifier")
+    add("--witness", type=Path, help="a second judge of another architecture, whose marks stand beside the first's")
     add("--rows", nargs="+", metavar="NAME", help="only the rows, and groups of rows, of these names")
     add("--references", dest="count", type=dsd.at_least(1), help="how many; if not given, 16 or the whole folder")
     add("--prompts", dest="contexts", type=dsd.at_least(1), help="new contexts for each reference (beside one in "
@@ -269,16 +272,17 @@ def evaluate(rows, args, **more):
     dsd.check_model(args.model, args.width, args.height)
     cases = exams.folder_cases(args) if args.folder else exams.world_cases(
         range(args.count or 16), args.contexts, args.seed, args.width, args.poses, exams.seen_identities(args.adapter))
-    weights = [file for folder in (args.model, args.vlm, args.judge) for file in Path(folder).rglob("*.safetensors")
+    folders = filter(None, (args.model, args.vlm, args.judge, args.witness))
+    weights = [file for folder in folders for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
     with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder
         lock = dsd.open_out(
             args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
             weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
-            judge=dsd.name_of(args.judge), **more,
+            judge=dsd.name_of(args.judge), witness=args.witness and dsd.name_of(args.witness), **more,
             adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
-    judge = None if args.folder else exams.Judge(args.judge)
-    args.scorer, records = (judge, curate.load_vlm(args.vlm, args.quantize)), {}
+    both = [exams.Judge(folder) if folder and not args.folder else None for folder in (args.judge, args.witness)]
+    args.scorer, records = (*both, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:
         new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, args)

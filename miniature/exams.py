@@ -216,8 +216,11 @@ def parse_score(answer):
     return int(found[-1]) / 4 if found and not answer.endswith(curate.TRUNCATED) else None
 
 
-def score(judge, vlm, cases, images):
-    """All scores of some pictures, one record for each. A score that the VLM did not give is None."""
+def score(judge, witness, vlm, cases, images):
+    """All scores of some pictures, one record for each. A score that the VLM did not give is None.
+
+    witness: a second judge or None, whose marks stand beside the first's; "judges_agree" is the share of attributes of
+    which both say the same."""
     records = [{"answers": {}} for _ in cases]
     for name, (with_reference, question) in (WORLD_QUESTIONS if judge else FOLDER_QUESTIONS).items():
         shown = [[case.image, image] if with_reference else [image] for case, image in zip(cases, images)]
@@ -232,4 +235,8 @@ def score(judge, vlm, cases, images):
         record |= marks(case, seen) | {"seen": seen}
         if case.kind == "relight":
             record["pose"] = pose_kept(image, case.truth)
+    for record, case, seen in zip(records, cases, witness(images) if witness else []):
+        second = marks(case, seen)
+        record |= {f"witness_{name}": second[name] for name in ("cp", "pf", "cp_pf")}
+        record["judges_agree"] = sum(record["seen"].get(name) == value for name, value in seen.items()) / len(seen)
     return records

@@ -5,7 +5,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, ConvNextConfig,
                           ConvNextForImageClassification, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
+                          LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel, ViTConfig,
+                          ViTForImageClassification)
 
 import world
 
@@ -194,3 +195,11 @@ def make_judge(poses=False):
     return ConvNextForImageClassification(ConvNextConfig(
         image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,
         id2label=labels, label2id={label: i for i, label in labels.items()}))
+
+
+def make_witness(poses=False):
+    """A judge of another architecture: a small vision transformer, which sees a panel as 64 patches of 4x4 pixels."""
+    labels = dict(enumerate(judge_labels(poses)))
+    return ViTForImageClassification(ViTConfig(
+        image_size=PANEL, patch_size=4, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, id2label=labels, label2id={label: i for i, label in labels.items()}))

@@ -1,9 +1,9 @@
-"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`, `vlm`
-and `judge`.
+"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`, `vlm`,
+`judge` and `witness`, a second judge.
 
-Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge) and keeps its
-checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it goes on from its last
-checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
+Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge, ...) and keeps its
+checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it
+goes on from its last checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
 identities that are not held out.
 
 `all` makes one after the other in the second edition of the world, and with --minutes it stops in time, exports what it
@@ -473,13 +473,13 @@ def write_vlm(vlm, processor, folder):
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
-def pretrain_judge(args):
+def pretrain_judge(args, name="judge", make=models.make_judge):
     """Name all ten attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little; in the
     second edition of the world an eleventh too, the named pose.
 
     It sees renderings only and shares no weights with the models that it judges."""
     posed = args.edition.poses > 1
-    judge = models.make_judge(posed)
+    judge = make(posed)
     if args.start:
         models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
     judge.to(args.device).train()
@@ -500,9 +500,15 @@ def pretrain_judge(args):
         wanted = torch.cat(told, 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
-    steps = fit("judge", judge, loss_of_step, args)
-    export(judge.half().save_pretrained, args.out / "judge")
-    note_steps(args.out / "judge", steps)
+    steps = fit(name, judge, loss_of_step, args)
+    export(judge.half().save_pretrained, args.out / name)
+    note_steps(args.out / name, steps)
+
+
+def pretrain_witness(args):
+    """A second judge, of another architecture and from other seeds, whose marks stand beside the first's."""
+    args.seed += 1_000_003
+    pretrain_judge(args, "witness", models.make_witness)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -527,10 +533,12 @@ COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=
             "flux": (pretrain_flux, dict(steps=10400, batch_size=16, learning_rate=2e-3)),
             "references": (draw_references, {}),
             "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
+            "witness": (pretrain_witness, dict(steps=10_000, batch_size=64, learning_rate=1.5e-3)),
             "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3)),
             "all": (pretrain_all, {})}
 ALL = {"vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
-       "references": {}, "judge": dict(steps=10_000), "vlm": dict(steps=4000)}  # what `all` does, in this order
+       "references": {}, "judge": dict(steps=10_000), "witness": dict(steps=10_000), "vlm": dict(steps=4000)}  # what `all`
+# does, in this order
 EDITIONS = {"first": world.FIRST, "second": world.SECOND}
 
 

@@ -238,6 +238,7 @@ def test_bad_folders_are_answered_in_one_line(tmp_path, run, asked, file, conten
 @pytest.mark.parametrize("script, flags, message", [
     (evaluate, ["--rows", "nothing"], "no row or group is called nothing; there are: bounds"),
     (evaluate, ["--references", 0], "at least 1"), (evaluate, ["--judge", "nowhere"], "no judge at nowhere"),
+    (evaluate, ["--witness", "nowhere"], "no judge at nowhere"),
     (evaluate, ["--adapter", "nowhere"], "no adapter"), (evaluate, ["--prompts", 90], "reference 0 has only"),
     (evaluate, ["--strengths", 0], "invalid choice"), (evaluate, ["--width", 33], "multiples of"),
     (ablations, ["--rows", "DSD, LoRA rank 4", "--pairs", "nowhere"], "no nowhere/metadata.jsonl"),
@@ -249,7 +250,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path, run, asked, script, flags, 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 def test_quick_run_as_a_user_starts_it(tmp_path):
-    out, _ = run_script("evaluate.py", *TINY, "--references", 1, cwd=tmp_path)
+    out, _ = run_script("evaluate.py", *TINY, "--references", 1, "--witness", JUDGE, cwd=tmp_path)
     folder = tmp_path / "runs" / "evaluate"
     summary, table = dsd.read_json(folder / "scores.json"), (folder / "table.md").read_text()
     names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.5", "in-context inpainting", "DSD"]
@@ -258,6 +259,7 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
         subject, relight = (dsd.read_json(folder / "rows" / name / f"000{k}.json") for k in range(2))
         assert f"| {name} | 1 |" in table and "pose" in relight and "pose" not in subject
         assert all(0 <= record[key] <= 1 for record in (subject, relight) for key in ("cp", "pf", "cp_pf", "pf_new"))
+        assert subject["judges_agree"] == 1 and subject["witness_cp"] == subject["cp"]  # it is the judge once more
         assert Image.open(folder / "rows" / name / "0001.png").size == (32, 32)
     assert summary["true rendering"]["relight"]["pose"] == summary["true rendering"]["subject"]["pf"] == [1.0] * 3
     assert summary["DSD"]["subject"]["dsd_minus"] == [0.0] * 3

@@ -330,7 +330,7 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp
     monkeypatch.setitem(pretrain.ALL, "vae", {"steps": 1, "batch_size": 12})
     assert leg("0") == {"vae": 1}
     assert leg("0") == {"vae": 1, "flux": 1}
-    assert leg("10") == {"vae": 1, "flux": 2, "judge": 2, "vlm": 2}
+    assert leg("10") == {"vae": 1, "flux": 2, "judge": 2, "witness": 2, "vlm": 2}
     assert len(list((tmp_path / "made" / "references").iterdir())) == 8
 
 
