@@ -219,7 +219,7 @@ def report(records, cases, args):
 # ---- command line ----------------------------------------------------------------------------------------------------
 def parse_args(parser):
     """Add this script's options to a parser and parse. The model's folder and the adapter bring defaults."""
-    add, amount = parser.add_argument, dsd.at_least(0, float)
+    add = parser.add_argument
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
     add("--vlm", default=dsd.MINIATURE / "vlm", help="gives scores: an image-text-to-text folder or hub name")
@@ -232,16 +232,8 @@ def parse_args(parser):
     add("--folder", type=Path, help="a folder in DreamBench++'s layout, in place of the miniature's cases")
     add("--strengths", type=float, choices=[k / 10 for k in range(1, 11)], nargs="+", default=[0.5], metavar="S",
         help="of SDEdit: 0.1, 0.2, ..., 1.0")
-    add("--width", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
-    add("--height", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
-    add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of every method")
-    add("--image_guidance", type=amount, default=1.0, help="s_i of DSD: how strongly to follow the reference")
-    add("--text_guidance", type=amount, default=1.0, help="s_t of DSD: how strongly to follow the prompt")
-    add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, unless an adapter brings its own")
-    add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without image and text guidance")
-    add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory only")
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
-    parser.add_large_model_options()
+    sample.add_drawing_options(parser)
     parser.set_defaults(shipped_adapter="")
     args = parser.parse("sample")
     adapter = args.adapter or (Path(args.model) / args.shipped_adapter if args.shipped_adapter else None)

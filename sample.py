@@ -96,15 +96,9 @@ def save_with_settings(image, path, case, args):
     dsd.save_image(image, path, pnginfo=info)
 
 
-def parse_args():
-    parser = dsd.Parser(__doc__, "runs/samples")
+def add_drawing_options(parser):
+    """What decides how a picture is drawn; evaluate.py has these options as well."""
     add, amount = parser.add_argument, dsd.at_least(0, float)
-    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, that file, or hub name (see above)")
-    add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
-    add("--prompt", nargs="+", help="what to draw (default: the model's own)")
-    add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
-    add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
     add("--width", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
     add("--height", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps")
@@ -113,8 +107,20 @@ def parse_args():
     add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
     add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without image and text guidance")
     add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory only")
-    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="one or more")
     parser.add_large_model_options()
+
+
+def parse_args():
+    parser = dsd.Parser(__doc__, "runs/samples")
+    add = parser.add_argument
+    add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
+    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, that file, or hub name (see above)")
+    add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
+    add("--prompt", nargs="+", help="what to draw (default: the model's own)")
+    add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
+    add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
+    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="one or more")
+    add_drawing_options(parser)
     parser.set_defaults(prompts=[], references="", shipped_adapter="")
     adapter = find_adapter(parser.parse("sample"))
     _, facts = dsd.adapter_facts(adapter)
