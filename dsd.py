@@ -21,9 +21,7 @@ import hashlib
 import json
 import sys
 import textwrap
-import time
 import warnings
-from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -37,6 +35,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.benchmark import Timer
 
 for library in (diffusers, transformers):  # before the imports below, some of which print notices
     library.utils.logging.set_verbosity_error()
@@ -314,12 +313,8 @@ def load_released_transformer(transformer, folder):
 def bfloat16_gain(width):
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32: about 2 natively, else 0.01."""
     def seconds(dtype):
-        a, b = torch.ones(64, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-        marks = []
-        for _ in range(5):
-            a @ b
-            marks.append(time.perf_counter())
-        return min(after - before for before, after in pairwise(marks))
+        matrices = {"a": torch.ones(64, width, dtype=dtype), "b": torch.ones(width, 4 * width, dtype=dtype)}
+        return Timer("a @ b", globals=matrices).timeit(5).median
     return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
