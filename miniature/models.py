@@ -105,7 +105,8 @@ def flux_settings(edition=world.FIRST):
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2], "poses": edition.poses},
         "generate_grids": {
-            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0, "true_cfg_scale": 2.0,
+            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0,
+            "true_cfg_scale": 3.0 if edition.poses > 1 else 2.0,
             "grammar": grammar(edition)},
         "finetune": {
             "steps": 2000, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
