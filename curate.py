@@ -101,7 +101,7 @@ WORD = r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)
 
 
 def parse(answer, tolerance=0):
-    """(verdict, reason) of an answer: "yes", "no", "truncated", or "unparsable" unless all five steps stand in order.
+    """(verdict, reason) of an answer: "yes", "no", "truncated", or "unparsable" unless the five steps stand in order.
 
     * Strict on purpose: a model that skips a step has not compared, and a verdict before the comparison is a guess.
     What a step says may span lines and carry marks of lists and headings. With a tolerance, a "no" becomes a "yes" if
@@ -127,7 +127,7 @@ def parse(answer, tolerance=0):
 
 
 def set_aside(a, b):
-    """Why a pair need not be asked about: a panel with nothing to see, or two copies of one picture. Else None."""
+    """Verdict and reason for a pair not worth asking about: a blank panel, or two copies of a picture. Else None."""
     if min(max(ImageStat.Stat(panel).stddev) for panel in (a, b)) < 2:  # grey levels
         return "blank", "blank: a panel of one colour"
     if max(ImageStat.Stat(ImageChops.difference(a, b)).mean) < 2:
@@ -159,7 +159,7 @@ def judge_pairs(grids, panels, model, args):
 
 
 def caption_pairs(records, panels, model, args):
-    """Write into accepted records what each target shows, or how the reference becomes it: {target: text}."""
+    """Caption accepted records in place: {target: its description, or how to turn the reference into it}."""
     def shown(a, b):  # a description needs the target only
         return (a, b) if args.caption == "instruction" else (b,)
 
@@ -173,13 +173,16 @@ def caption_pairs(records, panels, model, args):
 
 
 def transcript(number, grid, args):
-    """The transcripts of one grid that are on the disk, or [] if there are none, or of another picture."""
+    """The saved transcripts of one grid, or [] if there are none or they belong to another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
     found = dsd.read_json(file) if file.exists() else {}
+    if not found or found.get("picture") != dsd.digest(args.grids / grid["file"]):
+        return []
     with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
-        if odd := {r["verdict"] for r in found.get("pairs", [])} - VERDICTS:
-            raise ValueError(f'"verdict" must be "yes" or "no", not {min(odd)!r}')
-    return found["pairs"] if found.get("picture") == dsd.digest(args.grids / grid["file"]) else []
+        for r in found["pairs"]:
+            if r["verdict"] not in VERDICTS or type(r["captions"]) is not dict or not {"panels", "reason"} <= set(r):
+                raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}, or a field is missing')
+        return found["pairs"]
 
 
 def is_done(batch, args):
@@ -195,7 +198,7 @@ def curate_batch(batch, model, args):
     for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
         dsd.save_image(panels[n][k], args.out / panel_file(n, k))
     old = {n: transcript(n, grid, args) for n, grid in batch.items()}
-    new = [] if all(old.values()) else judge_pairs(batch, panels, model, args)  # whole batches: the same answers again
+    new = [] if all(old.values()) else judge_pairs(batch, panels, model, args)  # whole batches give the same answers
     records = {n: old[n] or [r for r in new if r["grid"] == n] for n in batch}
     caption_pairs([r for n in batch for r in records[n]], panels, model, args)
     for n, grid in batch.items():
@@ -239,13 +242,14 @@ def parse_args():
     add = parser.add_argument
     add("--vlm", default=dsd.MINIATURE / "vlm", help="the curator: an image-text-to-text folder or hub name")
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
-    add("--caption", choices=["description", "instruction"], default="description", help="what the caption tells")
-    add("--example", default=EXAMPLE, help="follows the question: an answer in the form that is wanted")
+    add("--caption", choices=["description", "instruction"], default="description",
+        help="describe the target, or say how to turn the reference into it")
+    add("--example", default=EXAMPLE, help="a sample answer, which is appended to the question")
     add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most this many "
         "differing parts; 0 keeps the VLM's own verdict")
-    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs asked about at once; affects speed only")
+    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs in a batch; affects speed and memory only")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
-    add("--limit", type=dsd.at_least(1), help="use only the first grids, this many")
+    add("--limit", type=dsd.at_least(1), help="use only the first LIMIT grids")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
     return parser.parse("curate", source="vlm")
@@ -259,8 +263,8 @@ def read_grids(args):
     grids = dict(enumerate(list({record["file"]: record for record in records}.values())[:args.limit]))
     sizes = [(grid.get("rows"), grid.get("columns")) for grid in grids.values()]
     if not sizes or (1, 1) in sizes or not all(side in range(1, 9) for size in sizes for side in size):
-        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids of 1 to 8 rows and columns, or of one panel; make "
-                           "them again")
+        raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids, or not all of 1 to 8 rows and columns and more than "
+                           "one panel; run generate_grids.py again")
     return grids
 
 

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import textwrap
 import warnings
@@ -212,8 +213,8 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
 
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers, one for each image's
     own generator, so that the batch size does not change it; guidance_scale: distilled guidance, for models that have
-    it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an ablation) there is
-    frame 2 alone. Returns a list of images."""
+    it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an ablation) only
+    frame 2 is drawn. Returns a list of images."""
     vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
@@ -269,7 +270,10 @@ def adapter_facts(adapter):
     if not file.is_file():
         raise DsdError(f"no adapter ({ADAPTER_FILE}) in {adapter}; train one with finetune.py or give --adapter")
     with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
-        return file, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")).get("dsd", {})
+        facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")).get("dsd", {})
+        if facts.get("frames", 2) not in (1, 2) or {type(fact) for fact in facts.values()} - {int, float, type(None)}:
+            raise ValueError(f"it says {facts}")
+    return file, facts
 
 
 def load_adapter(pipe, adapter):
@@ -314,7 +318,7 @@ def bfloat16_gain(width):
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32: about 2 natively, else 0.01."""
     def seconds(dtype):
         matrices = {"a": torch.ones(64, width, dtype=dtype), "b": torch.ones(width, 4 * width, dtype=dtype)}
-        return Timer("a @ b", globals=matrices).timeit(5).median
+        return Timer("a @ b", globals=matrices).blocked_autorange(min_run_time=0.05).median
     return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
@@ -336,21 +340,21 @@ def choose_precision(precision, width):
 
 
 def memory_in_use():
-    """In words: on a GPU the most memory used so far, else what this process uses now."""
+    """For messages: on a GPU the most memory that this process has used so far, on a CPU what it uses now."""
     cuda = PartialState().device.type == "cuda"
     return f"{(torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / 1e9:.1f} GB in use"
 
 
 def check_here(model):
-    """Refuse the name of a model on the hub where such models cannot run."""
+    """Reject the name of a model on the hub on a machine that cannot run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
         raise DsdError(f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
                        "newer). Without one, leave the option out to use the miniature")
 
 
 def check_model(model, *sides):
-    """Refuse, from its configuration alone, what is no FLUX model, and a picture whose sides (in pixels) are not whole
-    tokens. Returns the width of the transformer's layers."""
+    """Reject, from the configuration alone, a model that is not FLUX and a picture whose sides (in pixels) are not
+    whole numbers of tokens. Returns the width of the transformer's layers."""
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
@@ -370,7 +374,7 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
     check_model(model)
     dtype = dtype or weight_dtype()
     nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype}
-    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # it gets wider
+    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # widened later
              "text_encoder_2": transformers.BitsAndBytesConfig(**nf4)} if quantize == "nf4" else {}
     large = {name: config for name, config in large.items() if name not in parts}
     options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=large)} if large else {}
@@ -416,7 +420,7 @@ class DsdError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Plain argparse. A flag overrides what the model's folder says (dsd.json), and that the default in the code."""
+    """Plain argparse. Flags override the model folder's dsd.json, which overrides the defaults in the code."""
 
     def __init__(self, doc, out):
         style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
@@ -436,8 +440,9 @@ class Parser(argparse.ArgumentParser):
                               "in main memory until they are needed: whole models, or (slower, smaller) single layers")
 
     def parse(self, step, source="model", **more):
-        """The options, with the defaults for this step from the folder of --model (or --vlm), and `more` above."""
+        """The options. Defaults for this step come from the folder of --model (or --vlm); `more` overrides them."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads this option only
+        first.error = self.error
         first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
         folder = first.parse_known_args()[0].folder
         own = folder_settings(folder).get(step, {}) if folder else {}
@@ -449,7 +454,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args()
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
-        PartialState(cpu=args.device == "cpu")  # it tells everyone the device, and which of several processes this is
+        PartialState(cpu=args.device == "cpu")  # later PartialState() calls report this device and this process's rank
         return args
 
 
@@ -480,7 +485,9 @@ def run_main(main):
         line = str(error)
     except OSError as error:  # no permission, a file where a folder should be, a full disk
         line = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError, on a GPU a kind of it
+        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+            raise
         line = f"out of memory; take a smaller --batch_size or picture ({error})"
     print("\nerror: " + " ".join(line.split()), file=sys.stderr)
     sys.exit(2)
@@ -488,7 +495,7 @@ def run_main(main):
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Any error inside (or one of `errors`) becomes a DsdError with this message: a damaged file raises many kinds."""
+    """Turn any error inside (or only those in `errors`) into a DsdError with this message; damaged files raise many."""
     try:
         yield
     except DsdError:
@@ -500,9 +507,9 @@ def explained(message, *errors):
 def open_out(args, step, changeable, **more):
     """Make the folder --out for one run and lock it. Returns the lock: hold it as long as you write.
 
-    The run is known by its options, but for those that are `changeable` since they do not decide its results, and by
-    `more`. They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use. Of
-    several processes only the main one does this."""
+    A run is identified by its options, except the `changeable` ones, which do not affect its results, and by `more`.
+    They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use. Of several
+    processes only the main one does this."""
     if not PartialState().is_main_process:
         return None
     kept = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
@@ -510,7 +517,7 @@ def open_out(args, step, changeable, **more):
     run = {"step": step, **kept, **files, **more}
     args.out.mkdir(parents=True, exist_ok=True)
     lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
-    run = json.loads(json.dumps(run))  # as the file has it: lists for tuples
+    run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -556,7 +563,7 @@ def read_json(path):
 
 
 def read_records(path, *texts):
-    """The objects in a file of JSON lines, a list. texts: names of fields that each must have, and that hold text."""
+    """The objects in a file of JSON lines, a list. texts: names of fields that every record must have, as text."""
     records = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         with explained(f"{path}, line {number}: not a record of this project; correct it or make it again"):
@@ -618,14 +625,14 @@ def save_image(image, path, **options):
 
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
-    width = max(side * image.width // image.height for row in rows for image, _ in row)
+    width = max(60, *(side * image.width // image.height for row in rows for image, _ in row))  # room for a word
     rows = [[(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows]  # 6 pixels a letter
     heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in rows]
     sheet = Image.new("RGB", ((width + 6) * max(map(len, rows)), sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for r, row in enumerate(rows):
         for c, (image, lines) in enumerate(row):
-            x, y, size = (width + 6) * c + 6, sum(heights[:r]) + 6, (side * image.width // image.height, side)
+            x, y, size = (width + 6) * c + 6, sum(heights[:r]) + 6, (max(side * image.width // image.height, 1), side)
             sheet.paste(image.resize(size, Image.NEAREST if image.height < side else Image.LANCZOS), (x, y))
             draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
     save_image(sheet, path)

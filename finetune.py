@@ -4,13 +4,14 @@
     python finetune.py --model black-forest-labs/FLUX.1-dev  # one CUDA GPU
     accelerate launch finetune.py                            # several GPUs share each batch
 
-The reference is frame 1 and the edit frame 2 of one canvas twice as wide as high. The model sees the condition
-[reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2 as prompted.
+The reference (frame 1) and the edit (frame 2) lie side by side on one canvas, twice as wide as a picture. The model
+sees the condition [reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2
+as prompted.
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads tensors.
 
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA), `log.jsonl`, `loss.png`,
-`validation/*.png` (pairs held out of training), `summary.json`, and in checkpoint/ the adapter so far, ready for
-sample.py, with the optimiser's state. Started again, the same command goes on from there; a larger --steps lengthens a
+`validation/*.png` (pairs held out of training), and in checkpoint/ the adapter so far, ready for sample.py, with the
+optimiser's state. Started again, the same command goes on from there; a larger --steps lengthens a
 finished run, and options that do not affect the result (--save_every, --compile, ...) may change in between.
 """
 
@@ -45,7 +46,7 @@ def read_pairs(args):
     names = "reference_file_name", "target_file_name", "prompt"
     records = list({tuple(r[name] for name in names): r for r in dsd.read_records(path, *names)}.values())
     if not records or not all(r["prompt"].strip() for r in records):
-        raise dsd.DsdError(f"{path}: no pairs, or one with an empty prompt")
+        raise dsd.DsdError(f"{path}: no pairs, or a pair with an empty prompt")
     grid_of = [str(r.get("grid", r["reference_file_name"])) for r in records]
     grids = sorted(set(grid_of))
     held_out = random.Random(args.seed).sample(grids, min(args.validation_grids, len(grids) // 4))
@@ -104,8 +105,8 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     n = args.batch_size
     indices = torch.randint(len(pairs), (n,), generator=generator)  # with replacement: there are no epochs
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    # One u decides what is dropped: from 0 to 1 the reference alone, both, the prompt alone, nothing.
-    # * "Both" trains the v(0,0) of guidance, "the prompt alone" its v(I,0).
+    # One u decides what is dropped: below `start` the reference, from there to condition_dropout both, from there to
+    # start + prompt_dropout the prompt, above that nothing. * Dropping both trains v(0,0), the prompt alone v(I,0).
     u, start = torch.rand(n, generator=generator), args.condition_dropout / 2
     drop_condition = u < args.condition_dropout  # (b,)
     drop_prompt = (start <= u) & (u < start + args.prompt_dropout)  # (b,)
@@ -127,11 +128,14 @@ def batch_losses(model, batch, args):
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
     ids = dsd.position_ids(h, w).to(tokens.device)
     v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, args.guidance_scale)
+    if args.frames == 1:  # an ablation: there is frame 2 alone
+        loss = (v_pred.float() - dsd.velocity(x_0, eps)).square().mean()
+        return torch.stack([loss, 0 * loss, loss])
     return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
 
 
 def attention(args):
-    """* In bfloat16 a CPU's plain attention has the faster backward pass, which therefore runs within this context."""
+    """* On a CPU in bfloat16 plain attention has the faster backward pass, so it is used there."""
     plain = args.precision == "bf16" and PartialState().device.type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -168,7 +172,7 @@ def make_optimizer(transformer, args):
 
 
 def save_checkpoint(transformer, parameters, optimizer, log, args):
-    """checkpoint/: an adapter that sample.py can use, and, written last, all that the next step depends on."""
+    """checkpoint/: an adapter that sample.py can use, and, written last, everything that is needed to resume."""
     folder = args.out / "checkpoint"
     dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float16  # 16 bits halve the file
     dsd.save_adapter(transformer, folder, {name: getattr(args, name) for name in (
@@ -212,8 +216,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         losses = accelerator.reduce(losses, "mean").tolist()
         if not math.isfinite(sum(losses) + norm):  # before it reaches the weights
-            raise dsd.DsdError(f"the loss is not a number at step {step}; the last checkpoint is kept. Try a lower "
-                               "--learning_rate, and another --out")
+            raise dsd.DsdError(f"the loss or its gradient is not a number at step {step}; the last checkpoint is kept. "
+                               "Try a lower --learning_rate, and another --out")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * group["factor"] * learning_rate_share(step, args.steps)
         optimizer.step()
@@ -279,34 +283,34 @@ def parse_args():
     add("--height", type=positive, help="of a frame in pixels; default: that of the first picture")
     add("--steps", type=positive, default=10_000, help="optimiser steps")
     add("--rank", type=positive, default=64, help="rank of the LoRA; the paper's is 512")
-    add("--batch_size", type=positive, default=1, help="pairs a step, over all processes")
-    add("--accumulate", type=positive, default=1, help="backward passes a step: the batch is so many times larger")
-    add("--learning_rate", type=amount, default=1e-4, help="of AdamW, after a warm-up")
-    add("--condition_lr_factor", type=amount, default=5.0, help="the condition columns learn that much faster")
+    add("--batch_size", type=positive, default=1, help="pairs per step, over all processes")
+    add("--accumulate", type=positive, default=1, help="backward passes per step; multiplies the batch size")
+    add("--learning_rate", type=amount, default=1e-4, help="learning rate of AdamW, after a warm-up")
+    add("--condition_lr_factor", type=amount, default=5.0, help="learning rate of the condition columns, as a multiple")
     add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains the condition columns alone")
-    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="of noise levels: the larger, the higher they are")
+    add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="shift of the noise levels; larger means noisier")
     add("--condition_dropout", type=amount, default=0.1, help="share of pairs without reference (guidance)")
     add("--prompt_dropout", type=amount, default=0.1, help="share of pairs without prompt (for guidance)")
     add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
         "(default: what the model's folder says, else the model's own limit)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")
-    add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="of the losses of the two frames")
+    add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="weights of the two frames' losses")
     add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
-    add("--image_guidance", type=amount, default=1.0, help="s_i that sampling with the adapter shall use")
-    add("--text_guidance", type=amount, default=1.0, help="s_t that sampling with the adapter shall use")
+    add("--image_guidance", type=amount, default=1.0, help="default s_i when sampling with this adapter")
+    add("--text_guidance", type=amount, default=1.0, help="default s_t when sampling with this adapter")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks: it takes a minute, then steps are faster")
-    add("--precision", choices=["auto", "bf16", "no"], default="auto", help="auto: what is faster on this device")
+    add("--precision", choices=["auto", "bf16", "no"], default="auto", help="auto: whichever is faster on this device")
     add("--validation_grids", type=dsd.at_least(0), default=4, help="grids held out of training, at most a quarter")
     add("--validate_every", type=positive, default=500, help="steps between validations on these grids")
     add("--save_every", type=positive, default=250, help="steps between checkpoints")
-    add("--seed", type=dsd.at_least(0), default=0, help="of data order, noise and LoRA initialisation")
+    add("--seed", type=dsd.at_least(0), default=0, help="random seed of data order, noise and LoRA weights")
     parser.add_large_model_options(offload=False)
     return parser.parse("finetune")
 
 
 def prepare(args, processes):
-    """Refuse what cannot be trained, settle what was left open; returns the pairs to train on and those held out."""
+    """Reject invalid settings and fill in open ones; return the pairs to train on and those held out."""
     pairs, held_out = read_pairs(args)
     size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
     args.width, args.height = args.width or size[0], args.height or size[1]
@@ -356,13 +360,9 @@ def main():
         with dsd.writing(args.out / dsd.ADAPTER_FILE) as part:
             shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, part)
         draw_losses(log, args.out / "loss.png")
-        summary = args.out / "summary.json"
-        if seconds or not summary.exists():  # a run that had finished keeps its own
-            dsd.write_json(summary, {"pairs": len(pairs), "held_out_pairs": len(held_out), "steps": len(log),
-                                     "seconds_per_step": seconds})
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(log)} steps, "
-              f"{dsd.read_json(summary)['seconds_per_step']:.2f} s a step, {dsd.memory_in_use()}; "
-              f"look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps "
+              f"({seconds:.2f} s for each of this start), {dsd.memory_in_use()}; look at {args.out / 'validation'} and "
+              f"{args.out / 'loss.png'}")
     accelerator.end_training()
 
 

@@ -5,8 +5,8 @@
     python generate_grids.py --prompts my_prompts.txt --count 40
     python generate_grids.py --llm Qwen/Qwen2.5-7B-Instruct        # a chat model invents the subjects and the settings
 
-The four panels of a grid are one image whose tokens attend to one another, so an unmodified text-to-image model keeps
-their subject alike. Which panels really agree is the question of the next step, curate.py.
+The four panels of a grid are one image whose tokens attend to one another, so an unmodified text-to-image model draws
+the same subject in all of them. Which panels really agree is the question of the next step, curate.py.
 
 Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file, prompt, subject, seed, ...) and
 `overview.png`. Started again after an interruption, the same command draws only what is missing; with a larger --count
@@ -105,7 +105,7 @@ def parse_llm(answer):
 
 
 def ask_llm(model, tokenizer, number, seed):
-    """A chat model's answer of this number. It depends on the number and the seed, not on earlier answers."""
+    """The chat model's answer to request `number`. It depends on the number and the seed, not on earlier answers."""
     torch.manual_seed(seed * 1_000_003 + number)
     some = random.Random(seed * 1_000_003 + number).sample(CAPTIONS, 3)
     request = [{"role": "user", "content": LLM_REQUEST.format(captions="; ".join(some))}]
@@ -180,11 +180,11 @@ def parse_args():
     add("--batch_size", type=dsd.at_least(1), default=1, help="grids drawn together; affects speed and memory only")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of the sampler")
     add("--panel", type=dsd.at_least(1), default=512, help="side of a square panel in pixels")
-    add("--width", type=dsd.at_least(1), help="of a panel that is not square")
-    add("--height", type=dsd.at_least(1), help="of a panel that is not square")
+    add("--width", type=dsd.at_least(1), help="width of a panel that is not square")
+    add("--height", type=dsd.at_least(1), help="height of a panel that is not square")
     add("--guidance_scale", type=dsd.at_least(0, float), default=3.5, help="distilled guidance, if the model has it")
     add("--true_cfg_scale", type=dsd.at_least(1, float), default=1.0, help="prompt guidance by a second pass; 1 is off")
-    add("--seed", type=dsd.at_least(0), default=0, help="of prompts and noise")
+    add("--seed", type=dsd.at_least(0), default=0, help="random seed of prompts and noise")
     parser.add_large_model_options()
     parser.set_defaults(grammar=GRAMMAR)
     args = parser.parse("generate_grids")

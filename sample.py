@@ -8,8 +8,7 @@
 Nothing is tuned here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands for the
 image's file name ("a {name} in space"). Images are cropped at the centre, or padded (--fit), to the right proportions.
 Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if finetune.py has
-made one, else the one shipped with the model. An adapter brings the picture size and the guidance that it wants; flags
-override them.
+made one, else the one shipped with the model. An adapter sets its own picture size and guidance; flags override them.
 
 Writes to --out: a PNG for each picture, with its settings in the PNG's text fields, and `contact_sheet.png` with the
 references on the left. Started again, the same command draws only what is missing.
@@ -79,7 +78,7 @@ def enhance(args, references):
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 def draw_batch(pipe, images, prompts, seeds, args):
-    """Pictures of the subjects of B reference images as B prompts say."""
+    """Draw B pictures: the subject of each reference image as its prompt says."""
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, args.steps, args.image_guidance,
                            args.text_guidance, args.guidance_scale, args.unguided_steps, args.frames)
@@ -92,15 +91,15 @@ def save_with_settings(image, path, case, args):
     names = {"image": case["image"], "model": args.model, "adapter": args.adapter}
     told = {**case, **options, **{key: dsd.name_of(value) for key, value in names.items()}}
     info = PngInfo()
-    info.add_itxt("dsd", json.dumps(told, ensure_ascii=False))
+    info.add_itxt("dsd", json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace").decode())
     dsd.save_image(image, path, pnginfo=info)
 
 
 def add_drawing_options(parser):
     """What decides how a picture is drawn; evaluate.py has these options as well."""
     add, amount = parser.add_argument, dsd.at_least(0, float)
-    add("--width", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
-    add("--height", type=dsd.at_least(1), default=512, help="of the picture, in pixels")
+    add("--width", type=dsd.at_least(1), default=512, help="width of the picture in pixels")
+    add("--height", type=dsd.at_least(1), default=512, help="height of the picture in pixels")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps")
     add("--image_guidance", type=amount, default=1.0, help="s_i: how strongly to follow the reference; 1 costs nothing")
     add("--text_guidance", type=amount, default=1.0, help="s_t: how strongly to follow the prompt; 1 costs nothing")

@@ -109,6 +109,9 @@ def make_adapters(flux):
             ("too_many_layers", {n.replace("blocks.0", "blocks.77"): t.clone() for n, t in tensors.items()})):
         Path(folder).mkdir()
         save_file(tensors | change, Path(folder) / dsd.ADAPTER_FILE)
+    for k, facts in enumerate(([], {"width": [32]}, {"frames": 3}, {"prompt_tokens": "x"})):
+        Path(f"facts_{k}").mkdir()
+        save_file(tensors, Path(f"facts_{k}") / dsd.ADAPTER_FILE, {"lora_adapter_metadata": json.dumps({"dsd": facts})})
     Path("ordinary").mkdir()
     save_file({n: t for n, t in tensors.items() if "x_embedder" not in n}, Path("ordinary") / dsd.ADAPTER_FILE)
     for folder, data in (("cut_adapter", file.read_bytes()[:-100]), ("pickled_adapter", pickle.dumps(Bomb()))):
@@ -216,7 +219,8 @@ CASES = [  # script, arguments after those above, words that the line must hold
     (sample, ["--enhance", "chat"], ["cannot load chat as a vision-language model"]),
     # adapters
     *((sample, ["--adapter", name], [f"{name}/{dsd.ADAPTER_FILE}", "does not fit this model"])
-      for name in ("narrow", "mixed_ranks", "cut_adapter", "pickled_adapter", "too_many_layers")),
+      for name in ("narrow", "mixed_ranks", "cut_adapter", "pickled_adapter", "too_many_layers", "facts_0", "facts_1",
+                   "facts_2", "facts_3")),
     (sample, ["--adapter", "not_finite"], ["not finite"]), (sample, ["--adapter", "ordinary"], ["ordinary LoRA"]),
     *((sample, ["--adapter", name], ["no adapter"]) for name in ("empty", "nowhere", "bin_adapter")),
     # records
@@ -241,7 +245,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
         (finetune, "--accumulate", [0]), (finetune, "--frames", [3]), (sample, "--width", [0]),
         (sample, "--seed", [-5]), (sample, "--image_guidance", ["inf"]), (sample, "--device", ["abacus"]), 
         (sample, "--fit", ["stretch"]), (finetune, "--prompt_dropout", [2])) for value in values),
-    (generate_grids, ["--panel", 33], ["33 x 33 pixels", "multiples of 8"]),
+    (generate_grids, ["--panel", 33], ["33 x 33 pixels", "multiples of 8"]), (sample, ["--model"], ["--model"]),
     *((sample, [side, 35], ["35", "multiples of 8"]) for side in ("--width", "--height")),
     (finetune, ["--frame_weights", 0, 0], ["--frame_weights"]),
     *((script, ["--device", "cuda"], ["--device", "cuda"]) for script in ARGS),
@@ -398,9 +402,10 @@ def test_no_accepted_pair_says_so_and_a_transcript_that_cannot_be_read_is_kept(o
     assert {r["answer"] for r in dsd.read_json(file)["pairs"]} == {"I cannot tell."}  # kept for reading
     assert dsd.read_json(tmp_path / "pairs" / "summary.json")["unparsable"] == 6
     check(*call(finetune, "--pairs", tmp_path / "pairs", "--out", tmp_path / "adapter")[::2], ["no pairs"])
-    for text in ("nonsense", "[1]", '{"picture": '):
+    told = dsd.read_json(file)
+    for text in ("nonsense", "[1]", '{"picture": ', *(json.dumps(told | {"pairs": pairs}) for pairs in ([{}], 7))):
         file.write_text(text)
-        check(*call(*run)[::2], ["transcripts/000000.json", "restore or delete it"])
+        check(*call(*run)[::2], ["transcripts/000000.json", "delete it"])
         assert file.read_text() == text
 
 

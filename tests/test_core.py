@@ -139,6 +139,7 @@ def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tm
         assert sum(counts.values()) > 50  # letters
         heights.append(sheet.height)
     assert heights[1] == heights[0] + 2 * 15  # three lines of 21 letters
+    dsd.contact_sheet([[(Image.new("RGB", (1, 600)), "narrow")]], tmp_path / "sheet.png")
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -189,7 +190,9 @@ def test_the_precision_is_what_the_device_is_faster_at_unless_it_is_given(precis
 @pytest.mark.parametrize("error, code, said", [
     (dsd.DsdError("no adapter;\ntrain one"), 2, "\nerror: no adapter; train one\n"),
     (PermissionError(13, "Permission denied", "a.png"), 2, "\nerror: a.png: Permission denied\n"),
-    (MemoryError("9 GB"), 2, "\nerror: out of memory; take a smaller --batch_size or picture (9 GB)\n"),
+    *((kind, 2, f"\nerror: out of memory; take a smaller --batch_size or picture ({kind})\n") for kind in (
+        MemoryError("9 GB"), torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"))),
     (KeyboardInterrupt(), "\nstopped; the same command goes on from here", "")])
 def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, said, capsys):
     def main():

@@ -69,7 +69,7 @@ PHASES = {  # script -> the files of each phase, in the order of the work, and h
                  ("first checkpoint", r"checkpoint/.*\.part", 4),
                  ("validation", r"validation/step_000003", 4), ("state", r"training_state\.pt", 4),
                  ("last validation", r"validation/step_000006", 4), ("adapter", r"adapter/pytorch_lora_weights", 1),
-                 ("loss", r"loss\.png", 4), ("summary", r"summary\.json", 2)],
+                 ("loss", r"loss\.png", 4)],
     "sample": [("details", r"details\.json", 3), ("pictures", r"000\d\.png\.part", 12),
                ("contact sheet", r"contact_sheet\.png", 4)],
     "evaluate": [("pictures", r"rows/.*000\d\.png\.part", 4), ("scores", r"rows/.*000\d\.json", 4),

@@ -52,10 +52,10 @@ def test_help_is_the_docstring_and_every_option(script, call):
 
 # ---- a finished run --------------------------------------------------------------------------------------------------
 def test_a_finished_run_started_again_changes_nothing(copied, commands, call):
-    before = written(copied), (copied / "adapter" / "summary.json").read_bytes()
+    before = written(copied)
     for script, args in commands.items():
         assert call(SCRIPTS[script], *args)[0] in ((0, 2) if script == "curate" else (0,))
-    assert (written(copied), (copied / "adapter" / "summary.json").read_bytes()) == before
+    assert written(copied) == before
 
 
 def test_a_larger_count_adds_grids_and_only_these_are_asked_about(copied, commands, call, run, monkeypatch):
@@ -85,7 +85,6 @@ def test_a_finished_training_is_lengthened_and_other_options_of_speed_may_change
     log = dsd.read_records(adapter / "log.jsonl")
     assert log[:6] == before and [r["step"] for r in log] == list(range(8)) and compiled
     assert (adapter / dsd.ADAPTER_FILE).read_bytes() != weights
-    assert dsd.read_json(adapter / "summary.json")["steps"] == 8
 
 
 @pytest.mark.parametrize("script, change", [
