@@ -94,7 +94,7 @@ def test_sample_writes_a_picture_for_each_prompt_and_seed_with_its_settings_insi
 OWN_WORDS = {  # what a script may print beside its progress bars, as regular expressions
     "generate_grids": r"6 grids in runs.grids, .* look at .*overview\.png",
     "curate": r"\d+ of 36 pairs accepted .*|error: none of 36 pairs was accepted .*",
-    "finetune": r"adapter in runs.adapter: 6 pairs, 6 steps.*loss\.png",
+    "finetune": r"adapter in runs.adapter: 6 pairs, 2 more held out, 6 steps.*loss\.png",
     "sample": r"4 pictures in runs.samples with the adapter .*contact_sheet\.png"}
 
 
