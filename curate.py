@@ -180,8 +180,10 @@ def transcript(number, grid, args):
         return []
     with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
         for r in found["pairs"]:
-            if r["verdict"] not in VERDICTS or type(r["captions"]) is not dict or not {"panels", "reason"} <= set(r):
-                raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}, or a field is missing')
+            if r["verdict"] not in VERDICTS:
+                raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}')
+            if type(r["captions"]) is not dict or not {"panels", "reason"} <= set(r):
+                raise ValueError("a pair without captions, panels or reason")
         return found["pairs"]
 
 

@@ -360,9 +360,9 @@ def main():
         with dsd.writing(args.out / dsd.ADAPTER_FILE) as part:
             shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, part)
         draw_losses(log, args.out / "loss.png")
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps "
-              f"({seconds:.2f} s for each of this start), {dsd.memory_in_use()}; look at {args.out / 'validation'} and "
-              f"{args.out / 'loss.png'}")
+        pace = f" ({seconds:.2f} s a step)" if seconds else ""  # a finished run started again takes none
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps{pace}, "
+              f"{dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
     accelerator.end_training()
 
 

@@ -222,22 +222,19 @@ class Pass(torch.nn.Module):
         return self.run(*tensors)
 
 
-class Graphs(torch.nn.Module):
-    """A Pass that is recorded as a CUDA graph, once for each shape of its inputs, and then replayed, gradients included.
-    In models as small as these a GPU would else mostly wait for the next of thousands of small kernels."""
+def recorded(module, run):
+    """`run`, a pass of `module`, as a CUDA graph: recorded once for each shape of its inputs, then replayed, gradients
+    included. In models as small as these a GPU would else mostly wait for the next of thousands of small kernels."""
+    graphs = {}
 
-    def __init__(self, run):
-        super().__init__()
-        self.run, self.recorded = run, {}
-
-    def forward(self, *tensors):
+    def replay(*tensors):
         shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
-        if shapes not in self.recorded:
+        if shapes not in graphs:
             examples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                self.recorded[shapes] = torch.cuda.make_graphed_callables(
-                    Pass(self.run.module, self.run.run), examples, allow_unused_input=True)
-        return self.recorded[shapes](*tensors)
+                graphs[shapes] = torch.cuda.make_graphed_callables(Pass(module, run), examples, allow_unused_input=True)
+        return graphs[shapes](*tensors)
+    return replay
 
 
 def encode_world(vae, layout, count, args):
@@ -294,12 +291,19 @@ def pretrain_flux(args):
         kinds.append((latents.to(args.device), clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
 
-    passes = [Pass(t5, lambda ids: t5(ids)[0]),
-              Pass(pipe.text_encoder, lambda ids: pipe.text_encoder(ids).pooler_output),
-              Pass(pipe.transformer, lambda x, sigma, text, pooled, ids, text_ids: pipe.transformer(
-                  hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled, img_ids=ids,
-                  txt_ids=text_ids).sample)]
-    encode_text, pool_text, predict = map(Graphs, passes) if args.graphs else passes
+    def encode_text(ids):
+        return t5(ids)[0]
+
+    def pool_text(ids):
+        return pipe.text_encoder(ids).pooler_output
+
+    def predict(x, sigma, text, pooled, ids, text_ids):
+        return pipe.transformer(hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled,
+                                img_ids=ids, txt_ids=text_ids).sample
+
+    if args.graphs:
+        encode_text, pool_text = recorded(t5, encode_text), recorded(pipe.text_encoder, pool_text)
+        predict = recorded(pipe.transformer, predict)
 
     def reading(step, generator):
         t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)

@@ -402,10 +402,11 @@ def test_no_accepted_pair_says_so_and_a_transcript_that_cannot_be_read_is_kept(o
     assert {r["answer"] for r in dsd.read_json(file)["pairs"]} == {"I cannot tell."}  # kept for reading
     assert dsd.read_json(tmp_path / "pairs" / "summary.json")["unparsable"] == 6
     check(*call(finetune, "--pairs", tmp_path / "pairs", "--out", tmp_path / "adapter")[::2], ["no pairs"])
-    told = dsd.read_json(file)
-    for text in ("nonsense", "[1]", '{"picture": ', *(json.dumps(told | {"pairs": pairs}) for pairs in ([{}], 7))):
+    fields_missing = [json.dumps(dsd.read_json(file) | {"pairs": pairs}) for pairs in ([{}], 7)]
+    for text in ("nonsense", "[1]", '{"picture": ', *fields_missing):
         file.write_text(text)
-        check(*call(*run)[::2], ["transcripts/000000.json", "delete it"])
+        check(*call(*run)[::2], ["transcripts/000000.json",
+                                 "correct it or delete it" if text in fields_missing else "restore or delete it"])
         assert file.read_text() == text
 
 
