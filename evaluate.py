@@ -243,7 +243,6 @@ def parse_args(parser):
     args.adapter, args.true_cfg_scale = adapter, own.get("generate_grids", {}).get("true_cfg_scale", 1.0)
     args.contexts, own = args.contexts or (None if args.folder else 4), own.get("evaluate", {})
     args.prompt_tokens = [own.get(f"{name}_prompt_tokens", 512) for name in ("panel", "sheet")]
-    args.poses = own.get("poses", 1)  # in how many of the world's named poses its critters stand
     return args
 
 
@@ -263,7 +262,7 @@ def evaluate(rows, args, **more):
     """Draw and score the rows; after each one, report what is known so far. more: what else decides the results."""
     dsd.check_model(args.model, args.width, args.height)
     cases = exams.folder_cases(args) if args.folder else exams.world_cases(
-        range(args.count or 16), args.contexts, args.seed, args.width, args.poses, exams.seen_identities(args.adapter))
+        range(args.count or 16), args.contexts, args.seed, args.width, exams.seen_identities(args.adapter))
     folders = filter(None, (args.model, args.vlm, args.judge, args.witness))
     weights = [file for folder in folders for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone

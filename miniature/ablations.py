@@ -173,7 +173,7 @@ def dreambooth_row(name, args, options, train=dict):
 
 def search(args):
     """DreamBooth-LoRA's best settings on other references, as options. search/ has the table."""
-    cases = exams.world_cases(SEARCH, args.contexts, args.seed, args.width, args.poses)
+    cases = exams.world_cases(SEARCH, args.contexts, args.seed, args.width)
     args, records = argparse.Namespace(**vars(args) | {"out": args.out / "search"}), {}
     settings = {f"DreamBooth-LoRA, {steps} steps at {rate}": {"tuning_steps": steps, "learning_rate": rate}
                 for rate in LEARNING_RATES for steps in TUNING_STEPS}

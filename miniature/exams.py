@@ -57,7 +57,7 @@ class Case:
     move: str = "same pose"  # from the reference to what is asked; or "moved", "turned"
     truth: Image.Image | None = None  # the true rendering
     identity: dict = dataclasses.field(default_factory=dict)  # {attribute: value} of the subject
-    context: dict = dataclasses.field(default_factory=dict)  # as asked, with the named pose if there are several
+    context: dict = dataclasses.field(default_factory=dict)  # as asked, the pose included
     shown: dict = dataclasses.field(default_factory=dict)  # the reference's own context
 
 
@@ -71,9 +71,9 @@ def to_image(pixels):
     return dsd.to_images(pixels[None])[0]
 
 
-def told(context, pose, poses):
-    """A context in words; where there are several named poses, with the pose."""
-    return words(world.CONTEXT, context) | ({"pose": world.POSE_NAMES[pose]} if poses > 1 else {})
+def told(context, pose):
+    """A context and a pose in words."""
+    return words(world.CONTEXT, context) | {"pose": world.POSE_NAMES[pose]}
 
 
 def stand(pose, named):
@@ -93,9 +93,9 @@ def seen_identities(adapter):
     return set(dsd.read_json(file)["identities"]) if file.exists() else set()
 
 
-def world_cases(numbers, prompts, seed, size, poses=1, seen=()):
-    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit. The
-    reference and what is asked for stand in any of the first `poses` named poses.
+def world_cases(numbers, prompts, seed, size, seen=()):
+    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit, in
+    any of the six poses.
 
     A reference depends on its number and the seed alone: more references never change the first ones. References whose
     identity was `seen` in training (the teacher may draw any by itself) are left out, which is said."""
@@ -111,7 +111,7 @@ def world_cases(numbers, prompts, seed, size, poses=1, seen=()):
         asked = world.draw_contexts(64, draw)
         asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
         mixed = (seed * 1_000_003 + number + 1) * 2654435761  # the first draws of neighbouring seeds are alike
-        named = torch.randint(poses, (72,), generator=torch.Generator().manual_seed(mixed % 2**63)).tolist()
+        named = torch.randint(len(world.POSES), (72,), generator=torch.Generator().manual_seed(mixed % 2**63)).tolist()
         if prompts > len(asked):
             raise dsd.DsdError(f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts")
         relit = shown.clone()
@@ -127,7 +127,7 @@ def world_cases(numbers, prompts, seed, size, poses=1, seen=()):
                 (seed * 1_000_003 + number) * 64 + k, world.panel_caption(identity, shown, pose=at), classes,
                 "relight" if relight else "subject", world.move(at, to),
                 render(identity, context, stand(there, to), size), words(world.IDENTITY, identity),
-                told(context, to, poses), told(shown, at, poses)))
+                told(context, to), told(shown, at)))
     return cases
 
 
@@ -166,7 +166,7 @@ class Judge:
         for number, label in sorted(model.config.id2label.items()):
             attribute, _, value = label.partition(": ")
             self.labels.setdefault(attribute, []).append((number, value))
-        if missing := {*world.IDENTITY, *world.CONTEXT} - set(self.labels):
+        if missing := {*world.IDENTITY, *world.CONTEXT, "pose"} - set(self.labels):
             raise dsd.DsdError(f"the judge {folder} has no labels \"attribute: value\" for {sorted(missing)}")
 
     @torch.inference_mode()

@@ -12,8 +12,6 @@ moved    what an adapter keeps of held-out critters that stand in the reference 
          it, or in a named pose; what is asked for always stands
 seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter that
          was trained on these pairs (seen.json): the evaluation leaves such references out
-
-A judge that knows the second edition's poses is measured on panels in all of them, and measures a teacher's too.
 """
 
 import sys
@@ -50,17 +48,13 @@ SURE = 0.9  # probability of each attribute of both panels from which the judge 
 
 
 # ---- the VAE and the judge -------------------------------------------------------------------------------------------
-def held_out_panels(count, seed, posed=False):
-    """`count` panels (count, 3, s, s) in [0, 1] of held-out critters and their ten attributes (count, 10); posed: in
-    all named poses, and the pose is the eleventh."""
+def held_out_panels(count, seed):
+    """`count` panels (count, 3, s, s) in [0, 1] of held-out critters in all poses, and their attributes (count, 11)."""
     generator = torch.Generator().manual_seed(seed + 2_000)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
-    context, pose = world.draw_contexts(count, generator), world.draw_poses(count, generator)
-    attributes = torch.cat([identity, context], 1)
-    if posed:
-        named = torch.arange(count) % len(world.POSES)
-        pose, attributes = world.in_pose(pose, named), torch.cat([attributes, named[:, None]], 1)
-    return world.render(identity, context, pose, models.PANEL), attributes
+    context, named = world.draw_contexts(count, generator), torch.arange(count) % len(world.POSES)
+    pose = world.in_pose(world.draw_poses(count, generator), named)
+    return world.render(identity, context, pose, models.PANEL), torch.cat([identity, context, named[:, None]], 1)
 
 
 @torch.inference_mode()
@@ -75,7 +69,7 @@ def measure_vae(args):
 
 
 def seen_by(judge, images):
-    """What the judge sees in some images: attributes by number (N, 10), or (N, 11) with the pose."""
+    """What the judge sees in some images: attributes by number (N, 11)."""
     return torch.tensor([[values.index(word.replace("nothing", "")) for values, word in zip(VALUES, row.values())]
                          for row in judge(images)])
 
@@ -94,8 +88,8 @@ def muddled(images, vae, noise, seed):
 
 def measure_judge(args):
     judge = exams.Judge(args.judge)
-    images, attributes = held_out_panels(args.count, args.seed, posed="pose" in judge.labels)
-    names = [*NAMES[:attributes.shape[1]], "all_identity", "all"]
+    images, attributes = held_out_panels(args.count, args.seed)
+    names = [*NAMES, "all_identity", "all"]
     vae, result = AutoencoderKL.from_pretrained(args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32), {}
     for name, noise in {"as rendered": 0, "muddled by 0.3": .3, "muddled by 0.5": .5}.items():
         shown = muddled(images, vae, noise, args.seed) if noise else images
@@ -160,17 +154,14 @@ def measure_teacher(args):
               "identity_as_named": {n: share(seen[..., k] == named[..., k])
                                     for k, n in zip(range(named.shape[-1]), world.IDENTITY)},
               "pairs_equal": agree(torch.ones_like(differing, dtype=torch.bool))}
-    if "pose" in judge.labels:
-        pose = torch.tensor([[asked_pose(p) for p in grid["panel_prompts"]] for grid in grids])
-        for k, name in enumerate(world.POSE_NAMES):
-            if (pose == k).any():
-                result[f"pose_right_{name}"] = share(seen[..., 10][pose == k] == k)
-        result["pose_right"] = share(seen[..., 10] == pose)
-        moves = [[world.move(row[i], row[j]) for i, j in pairs] for row in pose.tolist()]
-        for name in ("same pose", "moved", "turned"):
-            mask = torch.tensor([[move == name for move in row] for row in moves])  # (count, 6)
-            if mask.any():
-                result[f"pairs_equal, {name}"] = {"pairs": int(mask.sum())} | agree(mask)
+    pose = torch.tensor([[asked_pose(p) for p in grid["panel_prompts"]] for grid in grids])
+    result["pose_right"] = {"all": share(seen[..., 10] == pose)} | {
+        name: share(seen[..., 10][pose == k] == k) for k, name in enumerate(world.POSE_NAMES) if (pose == k).any()}
+    moves = [[world.move(row[i], row[j]) for i, j in pairs] for row in pose.tolist()]
+    for name in ("same pose", "moved", "turned"):
+        mask = torch.tensor([[move == name for move in row] for row in moves])  # (count, 6)
+        if mask.any():
+            result[f"pairs_equal, {name}"] = {"pairs": int(mask.sum())} | agree(mask)
     if args.vlm:
         some = panels[:170]
         model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(len(some)) for i, j in pairs]

@@ -30,10 +30,9 @@ def world_words():
 
 
 def flux_words():
-    """The words of the teacher: those of the first edition of the world, then at the end what the second one adds, so
-    that older weights can go on."""
-    first = world_words()
-    return first + sorted({word for pose in world.POSES for word in pose.split()} - set(first))
+    """The words of the teacher. Those of poses stand at the end: they came last, and older weights could go on."""
+    words = world_words()
+    return words + sorted({word for pose in world.POSES for word in pose.split()} - set(words))
 
 
 def word_tokenizer(words, length, bos=False, extra=()):
@@ -81,40 +80,32 @@ def make_flux(vae):
         text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer)
 
 
-def subjects(count=4000):
-    """What the grids show, in detail: critters that are not held out. (A grammar of free words would name held-out ones.)"""
-    identity = world.identity_of(world.draw_identities(count, torch.Generator().manual_seed(0)))
-    return [world.described(row, detailed=True) for row in identity]
-
-
-def grammar(edition=world.FIRST):
-    """The prompts of grids. In the second edition they name shape and ears only, and each setting opens with a pose."""
-    opening, scenes, nouns = world.SHEET_OPENINGS[2, 2][0], world.CONTEXT["scene"], subjects()
-    if edition.poses > 1:
-        scenes = [f"{pose} {scene}".strip() for pose in list(world.POSES)[:edition.poses] for scene in scenes]
-        nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
+def grammar():
+    """The prompts of grids: they name shape and ears only, never colours, pattern or eyes. A setting opens with a pose."""
+    opening = world.SHEET_OPENINGS[2, 2][0]
+    scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
+    nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
     return {"subject": opening.format("{subject}") + ": {panels}",
             "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
             "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS], "nouns": [nouns],
             "scenes": scenes, "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}
 
 
-def flux_settings(edition=world.FIRST):
+def flux_settings():
     """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
     return {
         "canvas_prompt_tokens": TOKENS[1, 1],
-        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2], "poses": edition.poses},
+        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
             "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0,
-            "true_cfg_scale": 3.0 if edition.poses > 1 else 2.0,
-            "grammar": grammar(edition)},
+            "true_cfg_scale": 3.0, "grammar": grammar()},
         "finetune": {
             "steps": 2000, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
             "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100, "validate_every": 400},
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
             "width": PANEL, "height": PANEL,
-            "prompts": [f"a {{name}} {world.setting(c, pose=pose % edition.poses)}" for c, pose in (
+            "prompts": [f"a {{name}} {world.setting(c, pose=pose)}" for c, pose in (
                 ([7, 0, 3], 5), ([1, 1, 1], 3), ([0, 3, 2], 4), ([5, 2, 0], 1))],
             "references": "../references", "shipped_adapter": "../adapter"}}
 
@@ -181,26 +172,23 @@ def make_vlm(words):
     return model, processor
 
 
-def judge_labels(poses=False):
-    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all ten attributes; with poses,
-    of an eleventh, the named pose."""
-    attributes = (world.IDENTITY | world.CONTEXT).items()
-    labels = [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
-    return labels + [f"pose: {pose}" for pose in world.POSE_NAMES if poses]
+def judge_labels():
+    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all eleven attributes."""
+    attributes = (world.IDENTITY | world.CONTEXT | {"pose": world.POSE_NAMES}).items()
+    return [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
 
 
-def make_judge(poses=False):
-    """A small ConvNeXt whose logits are ten or eleven classifications side by side: take the argmax of each attribute's
-    own."""
-    labels = dict(enumerate(judge_labels(poses)))
+def make_judge():
+    """A small ConvNeXt whose logits are eleven classifications side by side: take the argmax of each attribute's own."""
+    labels = dict(enumerate(judge_labels()))
     return ConvNextForImageClassification(ConvNextConfig(
         image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,
         id2label=labels, label2id={label: i for i, label in labels.items()}))
 
 
-def make_witness(poses=False):
+def make_witness():
     """A judge of another architecture: a small vision transformer, which sees a panel as 64 patches of 4x4 pixels."""
-    labels = dict(enumerate(judge_labels(poses)))
+    labels = dict(enumerate(judge_labels()))
     return ViTForImageClassification(ViTConfig(
         image_size=PANEL, patch_size=4, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, id2label=labels, label2id={label: i for i, label in labels.items()}))

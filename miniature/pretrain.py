@@ -6,8 +6,7 @@ checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stop
 goes on from its last checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
 identities that are not held out.
 
-`all` makes one after the other in the second edition of the world, and with --minutes it stops in time, exports what it
-has and notes the steps in the model's folder (training.json). The same command goes on from there, on another machine
+`all` makes one after the other, and with --minutes it stops in time, exports what it has and notes the steps in the model's folder (training.json). The same command goes on from there, on another machine
 too if the folders are copied (or committed): then from the exported weights, with a fresh optimiser.
 
 What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
@@ -21,7 +20,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import dsd  # noqa: E402; first: see its head
 
 import argparse  # noqa: E402
-import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -241,8 +239,7 @@ def encode_world(vae, layout, count, args):
     """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
 
     Drawn and encoded once and kept on disk: each is then seen several times, every time with other noise."""
-    edition = "" if args.edition == world.FIRST else f"_second_{args.edition.poses}"
-    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}{edition}.safetensors"
+    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}.safetensors"
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +247,7 @@ def encode_world(vae, layout, count, args):
         n = (512 if args.device == "cuda" else 32) // (layout[0] * layout[1])  # at once: as many as suit its caches
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
-            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, False, args.edition, args.device)
+            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, device=args.device)
             with torch.no_grad(), autocast(args.device):
                 z = vae.encode(x * 2 - 1).latent_dist.mode().float()
             parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
@@ -336,7 +333,7 @@ def pretrain_flux(args):
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
-        prompts = world.sheets(12, torch.Generator().manual_seed(2), edition=args.edition)[1]
+        prompts = world.sheets(12, torch.Generator().manual_seed(2))[1]
         side = models.PANEL * 2
         images = pipe(prompts, negative_prompt=[""] * 12, true_cfg_scale=2.0, height=side, width=side,
                       num_inference_steps=20, max_sequence_length=models.PROMPT_TOKENS, output_type="pt",
@@ -379,14 +376,15 @@ def write_flux(pipe, args):
         for config in part.glob("text_encoder*/config.json"):  # so that stock lines load all parts as float32
             dsd.write_json(config, dsd.read_json(config) | {"dtype": "float32"})
     export(save, args.out / "flux")
-    dsd.write_json(args.out / "flux" / "dsd.json", models.flux_settings(args.edition))
+    dsd.write_json(args.out / "flux" / "dsd.json", models.flux_settings())
 
 
 def draw_references(args, count=8):
-    """miniature/references: held-out critters at noon in the meadow, in every pose; the file's name says what a prompt may call it."""
+    """miniature/references: held-out critters at noon in the meadow, in all poses. A file's name says what a prompt may
+    call the critter."""
     generator = torch.Generator().manual_seed(args.seed)
     identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
-    pose = world.in_pose(world.draw_poses(count, generator), torch.arange(count) % args.edition.poses)
+    pose = world.in_pose(world.draw_poses(count, generator), torch.arange(count) % len(world.POSES))
     images = world.render(identity, torch.tensor([[6, 0, 0]] * count), pose, models.PANEL)
     (args.out / "references").mkdir(exist_ok=True)
     for row, image in zip(identity, images):
@@ -478,30 +476,26 @@ def write_vlm(vlm, processor, folder):
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 def pretrain_judge(args, name="judge", make=models.make_judge):
-    """Name all ten attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little; in the
-    second edition of the world an eleventh too, the named pose.
+    """Name all eleven attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a little.
 
     It sees renderings only and shares no weights with the models that it judges."""
-    posed = args.edition.poses > 1
-    judge = make(posed)
+    judge = make()
     if args.start:
         models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
     judge.to(args.device).train()
-    sizes = [len(values) for values in lessons.VALUES[:10 + posed]]
+    sizes = [len(values) for values in lessons.VALUES]
 
     def loss_of_step(step, generator):
         n = args.batch_size
         identity = world.identity_of(world.draw_identities(n, generator))
         context = world.draw_contexts(n, generator)
-        pose, told = world.draw_poses(n, generator), [identity, context]
-        if posed:
-            named = torch.randint(args.edition.poses, (n,), generator=generator)
-            pose, told = world.in_pose(pose, named), [*told, named[:, None]]
+        pose, named = world.draw_poses(n, generator), torch.randint(len(world.POSES), (n,), generator=generator)
+        pose = world.in_pose(pose, named)
         x = world.render(identity, context, pose, models.PANEL) * 2 - 1
         clean = torch.rand(n, 1, 1, 1, generator=generator) < .5
         x = torch.where(clean, x, lessons.degrade(lessons.warp(x, generator), generator))
         logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
-        wanted = torch.cat(told, 1).to(args.device)
+        wanted = torch.cat([identity, context, named[:, None]], 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
     steps = fit(name, judge, loss_of_step, args)
@@ -543,7 +537,6 @@ COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=
 ALL = {"vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
        "references": {}, "judge": dict(steps=10_000), "witness": dict(steps=10_000), "vlm": dict(steps=4000)}  # what `all`
 # does, in this order
-EDITIONS = {"first": world.FIRST, "second": world.SECOND}
 
 
 def main():
@@ -552,8 +545,6 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--edition", choices=EDITIONS, default="first", help="flux, judge: of the world's sheets")
-    parser.add_argument("--poses", type=int, help="flux, judge: only the first so many of the world's named poses")
     parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
     parser.add_argument("--ahead", type=float, default=0., help="flux: in this share of the sheets one panel has less noise "
@@ -579,9 +570,6 @@ def main():
     args.deadline = time.time() + args.minutes * 60
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.edition = EDITIONS["second" if args.model == "all" else args.edition]
-    if args.poses:
-        args.edition = dataclasses.replace(args.edition, poses=args.poses)
     run(args)
 
 

@@ -1,15 +1,13 @@
 """The miniature's world: small critters, drawn by arithmetic, in eight places, four lights, four outfits.
 
 A critter has an IDENTITY, which mostly only a picture can tell (colours, pattern, eyes; its shape and ears are also
-named by the prompt), and stands in a CONTEXT, which the prompt tells (scene, accessory, light), in a POSE: a small free
-jitter and, in the second edition of this world, one of six named poses (POSES), which the prompt tells as well.
+named by the prompt). It appears in a CONTEXT, which the prompt tells (scene, accessory, light), and in one of six POSES,
+which the prompt tells as well; around each pose there is a small free jitter.
 Everything is drawn from signed distance functions in torch, a whole batch at once: no file, no download.
 
 The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) // 2**16 % 10 == 0`
 (Knuth's multiplicative hash; its upper half, for the lower bits are those of `i`). See `is_held_out`.
 """
-
-import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -35,28 +33,15 @@ CONTEXT = {  # the words are the prompt's
 }
 RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
 N_IDENTITIES = 60_480  # the product of RADIX
-CONSISTENT = 0.9  # share of pretraining sheets whose panels all show one critter; in the others one panel is another
-DETAILED = {1: 0.3, 2: 0.1, 4: 0.2}  # share of captions that also name colours, pattern and eyes, by number of panels: in
-# few sheets, for where the words tell all of them the model need not look from panel to panel
+SLIPS = 0.1  # share of pretraining sheets in which one panel shows a critter that differs in one or two attributes
+UNRELATED = 1 / 3  # share of sheets in which one panel or more, but not all, show other critters of the same noun
+DETAILED = 0.3  # share of single panels' captions that also name colours, pattern and eyes, so that the words are known.
+# Sheets' captions never do: where words tell the details, the model need not look from panel to panel
 POSES = {  # the prompt's words -> how far right and down the critter's place moves (a panel is 2 wide and high), what
     # its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32; turned it is smaller: ears stay
     "": (0., 0., 1., 0), "on the left": (-.34, 0., .92, 0), "on the right": (.34, 0., .92, 0),
     "jumping": (0., -.34, .85, 0), "lying down": (.20, .12, .85, -1), "upside down": (0., -.32, .85, 2)}
 POSE_NAMES = [pose or "standing" for pose in POSES]  # in labels and tables; a prompt says nothing of a standing critter
-
-
-@dataclasses.dataclass(frozen=True)
-class Edition:
-    """How pretraining sheets are made."""
-    poses: int  # they show the first so many of POSES; 1: all stand
-    slips: float  # share of sheets in which one panel shows a critter that differs
-    differing: int  # ... in at most so many attributes
-    unrelated: float  # share of sheets in which one panel or more, but not all, show other critters of the same noun
-    detailed: dict  # share of captions that also name colours, pattern and eyes, by number of panels
-
-
-FIRST = Edition(poses=1, slips=1 - CONSISTENT, differing=3, unrelated=0., detailed=DETAILED)
-SECOND = Edition(poses=len(POSES), slips=.1, differing=2, unrelated=1 / 3, detailed={1: .3, 2: 0., 4: 0.})
 
 _SKY = [[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
         [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]]
@@ -181,7 +166,7 @@ def details(identity):
 
 
 def setting(context, light=True, pose=0):
-    """The named pose, if it is not the first, and the context in words: "jumping on the beach at sunset with a hat"."""
+    """The pose, unless the critter stands, and the context in words: "jumping on the beach at sunset with a hat"."""
     scene, accessory, lamp = (values[int(v)] for values, v in zip(CONTEXT.values(), context))
     return " ".join(part for part in (list(POSES)[pose], scene, lamp if light else "", accessory) if part)
 
@@ -203,14 +188,12 @@ SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is gen
 }
 
 
-def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, detailed=False,
-                  poses=(0, 0, 0, 0)):
+def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, poses=(0, 0, 0, 0)):
     """The prompt of a sheet: its opening, the subject, then each panel in reading order.
 
     Subject: "a grid of 4 images representing the same round horned critter: first in the snow at noon, second ...".
-    Relight: the scene and the named pose are told once and each panel names its light only. Detailed: the colours are
-    named too."""
-    subject = described(identity, detailed)
+    Relight: the scene and the pose are told once, and each panel names its light only."""
+    subject = noun(identity)
     opening = SHEET_OPENINGS[layout][wording]
     if relight:
         head = opening.format(f"scene, a {subject} {setting(contexts[0], False, poses[0])}")
@@ -412,35 +395,31 @@ def _accessory(image, kind, x, y, top, paint):
 
 
 # ---- sheets ----------------------------------------------------------------------------------------------------------
-def sheets(n, generator, layout=(2, 2), size=32, held_out=False, edition=FIRST, device="cpu"):
+def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] on `device`, and their captions.
 
-    Most show one critter; in edition.slips of them one panel differs in a few attributes, in edition.unrelated of them
-    one or more, but not all, show unrelated critters of the same noun. 30 % of the sheets are of the family *relight*
+    Most show one critter; the others slip as SLIPS and UNRELATED say. 30 % of the sheets are of the family *relight*
     (same scene, accessory and pose, another light in each panel), the others *subject* (all contexts and poses free).
-    edition.detailed of the captions name what else only the picture would tell. A 1x1 sheet is a single panel."""
+    A 1x1 sheet is a single panel."""
     rows, columns = layout
     p = rows * columns
     number = draw_identities(n, generator, held_out)
     identity = identity_of(number)
     panels = identity[:, None].repeat(1, p, 1)  # (n, p, 7)
     kind = torch.rand(n, generator=generator)
-    odd = kind > 1 - edition.slips
-    changed = change_attributes(identity, torch.randint(1, edition.differing + 1, (n,), generator=generator), generator)
+    odd = kind > 1 - SLIPS
+    changed = change_attributes(identity, torch.randint(1, 3, (n,), generator=generator), generator)
     changed[:, :2] = identity[:, :2]  # shape and ears are in the prompt: they stay
     odd &= is_held_out(identity_number(changed)) == held_out  # now and then that makes a held-out one: leave it
     if p > 1:
         panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
-    if p > 1 and edition.unrelated:
         others = torch.randint(1, p, (n, 1), generator=generator)  # how many panels
         other = torch.rand(n, p, generator=generator).argsort(1) < others  # (n, p), which ones
-        other &= (kind < edition.unrelated)[:, None]
+        other &= (kind < UNRELATED)[:, None]
         panels[other] = identity_of(draw_namesakes(number[:, None].expand(n, p)[other], generator, held_out))
     context = draw_contexts(n * p, generator).view(n, p, 3)
     pose = draw_poses(n * p, generator).view(n, p, 4)
-    named = torch.zeros(n, p, dtype=torch.long)
-    if edition.poses > 1:
-        named = torch.randint(edition.poses, (n, p), generator=generator)
+    named = torch.randint(len(POSES), (n, p), generator=generator)
     relight = (torch.rand(n, generator=generator) < .3) & (p > 1)
     context[relight, :, :2] = context[relight, :1, :2]
     pose[relight], named[relight] = pose[relight, :1], named[relight, :1]
@@ -450,10 +429,10 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, edition=FIRST, 
     images = render(*(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size)
     images = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()
-    detailed = draw[:, 0] < edition.detailed[p]
     if p == 1:
-        captions = [panel_caption(identity[i], context[i, 0], bool(detailed[i]), named[i][0]) for i in range(n)]
+        detailed = (draw[:, 0] < DETAILED).tolist()
+        captions = [panel_caption(identity[i], context[i, 0], detailed[i], named[i][0]) for i in range(n)]
     else:
-        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3),
-                                  bool(detailed[i]), named[i]) for i in range(n)]
+        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3), named[i])
+                    for i in range(n)]
     return images, captions
