@@ -47,12 +47,6 @@ verdict: no"""
 DESCRIBE_QUESTION = "Describe this image in one line: what it shows, where, in which light, with what outfit."
 INSTRUCTION_QUESTION = "Write one instruction that turns the first image into the second."
 DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few words."
-SUBJECT_SCORE_QUESTION = (
-    "How well does the second image keep the subject of the first? Answer in five lines. "
-    "subject: name it. image 1: describe it. image 2: describe it. compare: part by part. score: 0 to 4.")
-PROMPT_SCORE_QUESTION = (
-    "How well does the image follow this prompt: {prompt}? Answer in three lines. "
-    "image: describe it. compare: part by part. score: 0 to 4.")
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -251,7 +245,6 @@ def parse_args():
         "differing parts; 0 keeps the VLM's own verdict")
     add("--batch_size", type=dsd.at_least(1), default=64, help="pairs in a batch; affects speed and memory only")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
-    add("--limit", type=dsd.at_least(1), help="use only the first LIMIT grids")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
     return parser.parse("curate", source="vlm")
@@ -262,7 +255,7 @@ def read_grids(args):
     if not (args.grids / "grids.jsonl").exists():
         raise dsd.DsdError(f"no {args.grids / 'grids.jsonl'}; run generate_grids.py first, or give --grids")
     records = dsd.read_records(args.grids / "grids.jsonl", "file", "prompt", "subject", "family")
-    grids = dict(enumerate(list({record["file"]: record for record in records}.values())[:args.limit]))
+    grids = dict(enumerate(list({record["file"]: record for record in records}.values())))
     sizes = [(grid.get("rows"), grid.get("columns")) for grid in grids.values()]
     if not sizes or (1, 1) in sizes or not all(side in range(1, 9) for size in sizes for side in size):
         raise dsd.DsdError(f"{args.grids}/grids.jsonl: no grids, or not all of 1 to 8 rows and columns and more than "
@@ -274,7 +267,7 @@ def main():
     args = parse_args()
     grids, state = read_grids(args), PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "limit", "seed"])
+        lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "seed"])
     at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
     items = list(grids.items())
     batches = [dict(items[i:i + at_once]) for i in range(0, len(items), at_once)]

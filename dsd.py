@@ -419,12 +419,18 @@ class DsdError(Exception):
     """A user's mistake: one line that says what is wrong and what to do."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of a script's docstring, and names an option's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Plain argparse. Flags override the model folder's dsd.json, which overrides the defaults in the code."""
 
     def __init__(self, doc, out):
-        style = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=doc, formatter_class=type("Formatter", style, {}), allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         self.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
         self.add_argument("--device", choices=devices, default=devices[-1], help="where to compute")

@@ -30,7 +30,7 @@ from peft import LoraConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402
-from miniature import exams, rivals  # noqa: E402
+from miniature import exams, rivals, world  # noqa: E402
 
 SEARCH = range(100_000, 100_008)  # numbers of the references for the search; the table never shows them
 STRENGTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of SDEdit
@@ -42,6 +42,7 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "no curation, all pairs": ("uncurated", []),
     "no identity frame in the loss": ("curated", ["--frame_weights", 0, 1]),
     "single frame": ("curated", ["--frames", 1]),
+    "captions without pose words": ("no poses", []),
     "only condition columns": ("curated", ["--lora_lr_factor", 0]),
     "only LoRA": ("curated", ["--condition_lr_factor", 0]),
     "half of the pairs": ("half", []),
@@ -75,8 +76,10 @@ def pairs_for(which, args):
     if which == "as many":  # any pairs at all; fewer curated ones come from fewer grids
         some = random.Random(args.seed).sample(range(len(records)), min(count, len(records)))
         records = [records[k] for k in sorted(some)]
-    records = records[:{"as many": count, "half": count // 2, "quarter": count // 4}[which]]
+    records = records[:{"half": count // 2, "quarter": count // 4}.get(which, count)]
     for record in records:
+        if which == "no poses":
+            record["prompt"] = re.sub(f" ({'|'.join(filter(None, world.POSES))})(?= )", "", record["prompt"])
         for side in ("reference_file_name", "target_file_name"):
             record[side] = (source / record[side]).resolve().as_posix()
     folder = args.out / "ablations" / f"pairs_{which.replace(' ', '_')}"

@@ -20,6 +20,12 @@ import curate
 import sample
 from miniature import world
 
+SUBJECT_SCORE_QUESTION = (
+    "How well does the second image keep the subject of the first? Answer in five lines. "
+    "subject: name it. image 1: describe it. image 2: describe it. compare: part by part. score: 0 to 4.")
+PROMPT_SCORE_QUESTION = (
+    "How well does the image follow this prompt: {prompt}? Answer in three lines. "
+    "image: describe it. compare: part by part. score: 0 to 4.")
 END = ' in a few words, then end with a line "score: N", N from 0 to 4.'
 SCALE = "1: a little. 2: in part. 3: all but a detail. 4: entirely. Say why" + END
 SUBJECT_CRITERIA = (
@@ -36,7 +42,7 @@ COPY_CRITERIA = (
     "follow the prompt? What it merely copies from the first (background, pose, light, framing) does not count as "
     "following. 0: not at all, or a copy. " + SCALE)
 WORLD_QUESTIONS = {  # score: is the reference shown as well, and the question
-    "vlm_cp": (True, curate.SUBJECT_SCORE_QUESTION), "vlm_pf": (False, curate.PROMPT_SCORE_QUESTION)}
+    "vlm_cp": (True, SUBJECT_SCORE_QUESTION), "vlm_pf": (False, PROMPT_SCORE_QUESTION)}
 FOLDER_QUESTIONS = {
     "vlm_cp": (True, SUBJECT_CRITERIA), "vlm_pf": (False, PROMPT_CRITERIA), "vlm_pf_new": (True, COPY_CRITERIA)}
 

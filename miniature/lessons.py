@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import curate
+from miniature import exams
 import models
 import world
 
@@ -100,7 +101,7 @@ def pair_lesson(a, b, kind):
         return curate.PAIR_QUESTION, comparison(a, b) + f"verdict: {'no' if differing else 'yes'}"
     if kind < .85:
         return curate.INSTRUCTION_QUESTION, instruction(a, b)
-    return curate.SUBJECT_SCORE_QUESTION, comparison(a, b) + f"score: {max(4 - differing, 0)}"
+    return exams.SUBJECT_SCORE_QUESTION, comparison(a, b) + f"score: {max(4 - differing, 0)}"
 
 
 def panel_lesson(a, kind, generator):
@@ -137,12 +138,12 @@ def prompt_lesson(a, b):
         wrong += x != y
     answer = f"image: {caption(a)}\ncompare: {', '.join(parts)}\nscore: {max(4 - wrong, 0)}"
     prompt = caption(asked)
-    return curate.PROMPT_SCORE_QUESTION.format(prompt=prompt), answer
+    return exams.PROMPT_SCORE_QUESTION.format(prompt=prompt), answer
 
 
 def vlm_words():
     """Every word that the VLM reads and writes, sorted; at the end the words of poses, so that older weights can go on."""
-    questions = " ".join(v for k, v in vars(curate).items() if k.endswith("_QUESTION"))
+    questions = " ".join(v for file in (curate, exams) for k, v in vars(file).items() if k.endswith("_QUESTION"))
     standing = [[i] * 10 + [0] for i in range(4)]
     answers = " ".join(pair_lesson(standing[0], row, k)[1] for row in standing[:2] for k in (0, .8, .9))
     answers += " " + " ".join(prompt_lesson(row, row)[1] for row in standing) + " . , : ; ? ! 0 1 2 3 4"

@@ -272,7 +272,7 @@ def measure_vlm(args):
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
     wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
     kept = 1 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1) / 4
-    subject = curate.ask(*model, cases[:200], curate.SUBJECT_SCORE_QUESTION, args.batch_size, 200)
+    subject = curate.ask(*model, cases[:200], exams.SUBJECT_SCORE_QUESTION, args.batch_size, 200)
     asked = [lessons.panel_lesson(row, 1., generator) for row in attributes[:200, 0].tolist()]  # prompts right in part
     prompt = curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731

@@ -74,7 +74,7 @@ def command_line(line):
 
 
 def script(line):
-    """`script("curate.py --limit 3")` does what `python curate.py --limit 3` does, without starting Python again."""
+    """`script("curate.py --seed 3")` does what `python curate.py --seed 3` does, without starting Python again."""
     with command_line(line) as module:
         module.main()
 

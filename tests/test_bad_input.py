@@ -236,7 +236,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
     (finetune, ["--pairs", "odd"], ["36 x 36 pixels", "multiples of 8"]),
     # numbers and options
     *((script, [flag, value], [flag]) for script, flag, values in (
-        (generate_grids, "--steps", [0, -3, 1.5, "many"]), (generate_grids, "--count", [0]), (curate, "--limit", [-2]),
+        (generate_grids, "--steps", [0, -3, 1.5, "many"]), (generate_grids, "--count", [0]),
         (generate_grids, "--seed", [-1, 10**30]), (generate_grids, "--guidance_scale", ["nan", -1]),
         (generate_grids, "--family", ["twins"]), (generate_grids, "--color", ["red"]), (generate_grids, "--step", [3]),
         (curate, "--batch_size", [0]), (curate, "--tolerance", [-1]), (curate, "--caption", ["poem"]),

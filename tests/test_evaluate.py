@@ -349,3 +349,8 @@ def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
         assert len(records) == count and (which == "as many" or records[1]["prompt"] == whole[1]["prompt"])
         if which in ("half", "quarter"):
             assert (folder / records[0]["target_file_name"]).samefile(pairs / whole[0]["target_file_name"])
+    told = [{**whole[0], "prompt": f"a critter {pose} in space".replace("  ", " ")} for pose in world.POSES]
+    args.pairs = tmp_path / "posed"
+    dsd.write_json(args.pairs / "metadata.jsonl", told)
+    records = dsd.read_records(ablations.pairs_for("no poses", args) / "metadata.jsonl")
+    assert [record["prompt"] for record in records] == ["a critter in space"] * len(world.POSES)
