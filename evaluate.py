@@ -9,9 +9,10 @@
 The cases are critters held out of every training, rendered in new contexts. The truth is known, so a judge (an image
 classifier that no other step uses) can say of each attribute whether it is right:
     CP      share of the identity's seven attributes that are kept; "all kept": share of pictures that keep all seven
-    PF      share of scene, accessory and light that are as asked; "de-biased": only of those that differ from the
-            reference's, so that a copy of the reference scores nothing
-    CPxPF   the product for each picture, then averaged
+    PF      share of scene, accessory, light and pose that are as asked; "de-biased": only of those that differ from
+            the reference's, so that a copy of the reference scores nothing
+    CPxPF   the product for each picture, then averaged; also by what is asked of the pose: the reference's own, moved
+            to another place, or turned
 --witness adds the CP and CPxPF of a second judge. A vision-language model scores CP and PF as well, 0 to 4 as in
 DreamBench++, divided by 4. A folder in DreamBench++'s layout (images/**/NN.jpg and captions/**/NN.txt: the subject's
 name, then one prompt a line) has only these scores.

@@ -12,7 +12,7 @@ import world
 POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
 VALUES = [*world.IDENTITY.values(), *world.CONTEXT.values(), list(world.POSES)]  # of the eleven attributes, in the
 # order of the columns
-POSE_WORDS = ["standing", "left", "right", "jumping", "lying", "upside"]  # one word for each pose, where poses are compared
+POSE_WORDS = ["standing", "left", "right", "jumping", "lying", "upside"]  # one word a pose, for comparing them
 
 
 def draw_pool(groups, generator, change=world.change_in_training, held_out=False, device="cpu"):
@@ -142,7 +142,7 @@ def prompt_lesson(a, b):
 
 
 def vlm_words():
-    """Every word that the VLM reads and writes, sorted; at the end the words of poses, so that older weights can go on."""
+    """Every word that the VLM reads and writes, sorted; the words of poses, which came last, stand at the end."""
     questions = " ".join(v for file in (curate, exams) for k, v in vars(file).items() if k.endswith("_QUESTION"))
     standing = [[i] * 10 + [0] for i in range(4)]
     answers = " ".join(pair_lesson(standing[0], row, k)[1] for row in standing[:2] for k in (0, .8, .9))
@@ -155,7 +155,7 @@ def vlm_words():
 
 
 class Lessons(torch.nn.Module):
-    """The VLM and, beside it, linear heads that read the eleven attributes off the class token while it learns to see."""
+    """The VLM and, beside it, linear heads that read all attributes off the class token while it learns to see."""
 
     def __init__(self, vlm, processor):
         super().__init__()
@@ -163,8 +163,8 @@ class Lessons(torch.nn.Module):
         width = vlm.config.vision_config.hidden_size
         self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
         weight = torch.ones(vlm.config.text_config.vocab_size)  # of a word in the loss: the dull ones count little
-        for words, w in (("subject image shape ears colour tone scene outfit light pose compare verdict score a the : , . \n", .2),
-                         ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are learnt last
+        dull = "subject image shape ears colour tone scene outfit light pose compare verdict score a the : , . \n"
+        for words, w in ((dull, .2), ("same different", 3.), ("one two three", 4.), ("yes no", 4.)):  # eyes are slow
             weight[self.tokenizer.convert_tokens_to_ids(words.split(" "))] = w
         self.register_buffer("word_weight", weight, persistent=False)
 
@@ -193,7 +193,7 @@ class Lessons(torch.nn.Module):
         return (loss * weight).sum() / weight.sum()
 
     def answer_loss(self, features, lessons):
-        """Weighted cross entropy of the answers' words: features (n * images, 17, width), lessons n (question, answer)."""
+        """Weighted cross entropy of the answers' words; features (n * images, 17, width), n lessons."""
         n, tokens = len(lessons), len(features) // len(lessons) * features.shape[1]
         image, answer = self.tokenizer.convert_tokens_to_ids(models.VLM_SPECIAL)
         rows, starts = [], []

@@ -8,10 +8,10 @@ vlm      verdicts on rendered pairs, asked by curate.py's own code in its own wo
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
-moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side of
-         it, or in a named pose; what is asked for always stands
-seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter that
-         was trained on these pairs (seen.json): the evaluation leaves such references out
+moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side
+         of it, or in a named pose; what is asked for always stands
+seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter
+         that was trained on these pairs (seen.json): the evaluation leaves such references out
 """
 
 import sys
@@ -76,8 +76,8 @@ def seen_by(judge, images):
 
 @torch.inference_mode()
 def muddled(images, vae, noise, seed):
-    """Panels (N, 3, s, s) in [0, 1], decoded from latents with `noise` of the latents' own deviation added: still of known
-    truth, but neither clean nor like what the judge was trained on."""
+    """Panels (N, 3, s, s) in [0, 1], decoded from latents with `noise` of the latents' own deviation added: still of
+    known truth, but neither clean nor like what the judge was trained on."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for x in images.split(100):
         z = vae.encode(x * 2 - 1).latent_dist.mode()
@@ -174,7 +174,8 @@ def measure_teacher(args):
             truth = differing.flatten()[:len(cases)] <= tolerance
             result[f"vlm_tolerance_{tolerance}"] = {
                 "pairs": len(cases), "agrees": share(said == truth), "accepted": share(said),
-                "judge_accepts": share(truth), "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
+                "judge_accepts": share(truth),
+                "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
                 "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None}
     for key, value in result.items():
         print(f"{key}: {value}")
@@ -232,12 +233,13 @@ def measure_seen(args):
 
 # ---- the VLM ---------------------------------------------------------------------------------------------------------
 def held_out_change(identity, count, generator):
-    """world.change_attributes, drawn again until the result is held out too. A few identities have no held-out neighbour
-    at one attribute's distance: after 300 draws two attributes change."""
+    """world.change_attributes, drawn again until the result is held out too. A few identities have no held-out
+    neighbour at one attribute's distance: after 300 draws two attributes change."""
     changed, tries = world.change_attributes(identity, count, generator), 0
     while (bad := ~world.is_held_out(world.identity_number(changed))).any():
         tries += 1
-        changed[bad] = world.change_attributes(identity[bad], count[bad] if tries < 300 else count[bad].clamp(min=2), generator)
+        number = count[bad] if tries < 300 else count[bad].clamp(min=2)
+        changed[bad] = world.change_attributes(identity[bad], number, generator)
     return changed
 
 

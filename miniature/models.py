@@ -81,7 +81,7 @@ def make_flux(vae):
 
 
 def grammar():
-    """The prompts of grids: they name shape and ears only, never colours, pattern or eyes. A setting opens with a pose."""
+    """The prompts of grids. They name shape and ears, never colours, pattern or eyes. A setting opens with a pose."""
     opening = world.SHEET_OPENINGS[2, 2][0]
     scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
     nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
@@ -165,7 +165,8 @@ def make_vlm(words):
         vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=17, tie_word_embeddings=True))
     model.model.vision_tower.post_layernorm.requires_grad_(False)  # LLaVA takes the features before it
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": PANEL}, crop_size={"height": PANEL, "width": PANEL}, image_mean=[.5] * 3, image_std=[.5] * 3)
+        size={"shortest_edge": PANEL}, crop_size={"height": PANEL, "width": PANEL}, image_mean=[.5] * 3,
+        image_std=[.5] * 3)
     processor = LlavaProcessor(
         image_processor=images, tokenizer=tokenizer, patch_size=PANEL // 4, vision_feature_select_strategy="full",
         num_additional_image_tokens=1, chat_template=VLM_TEMPLATE)
@@ -179,7 +180,7 @@ def judge_labels():
 
 
 def make_judge():
-    """A small ConvNeXt whose logits are eleven classifications side by side: take the argmax of each attribute's own."""
+    """A small ConvNeXt whose logits are eleven classifications side by side, each with an argmax of its own."""
     labels = dict(enumerate(judge_labels()))
     return ConvNextForImageClassification(ConvNextConfig(
         image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,

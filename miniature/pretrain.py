@@ -1,13 +1,14 @@
-"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`, `vlm`,
-`judge` and `witness`, a second judge.
+"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`,
+`vlm`, `judge` and `witness`, a second judge.
 
 Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge, ...) and keeps its
 checkpoint, its log and a picture of where it stands in runs/pretrain/NAME. Stopped at any time and started again it
-goes on from its last checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is drawn by world.py, from
-identities that are not held out.
+goes on from its last checkpoint. The same command runs on a CPU (hours) and on a CUDA GPU (minutes). Everything is
+drawn by world.py, from identities that are not held out.
 
-`all` makes one after the other, and with --minutes it stops in time, exports what it has and notes the steps in the model's folder (training.json). The same command goes on from there, on another machine
-too if the folders are copied (or committed): then from the exported weights, with a fresh optimiser.
+`all` makes one after the other. With --minutes it stops in time, exports what it has and notes the steps in the model's
+folder (training.json). The same command goes on from there, on another machine too if the folders are copied (or
+committed): then from the exported weights, with a fresh optimiser.
 
 What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
 """
@@ -105,8 +106,8 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (loss + norm).isfinite():  # before it reaches the weights
-            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Try a lower "
-                               "--learning_rate")
+            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Try a "
+                               "lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
@@ -152,7 +153,7 @@ def load_averages(name, module):
 
 
 def export(save, folder):
-    """Let save(part) fill a folder aside and move its files to `folder`, each whole: interrupted, none is half a file."""
+    """Let save(part) fill a folder aside and move its files to `folder`: whatever happens, none is half a file."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     save(part)
@@ -167,7 +168,8 @@ def export(save, folder):
 def save_picture(images, columns, path, scale=4):
     """Images (N, 3, h, w) in [0, 1] as one sheet, enlarged without smoothing."""
     n, c, h, w = images.shape
-    sheet = images[: n // columns * columns].view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+    rows = images[: n // columns * columns].view(-1, columns, c, h, w)
+    sheet = rows.permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
     picture = Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().cpu().numpy())
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
 
@@ -278,7 +280,7 @@ def pretrain_flux(args):
         load_averages("flux", net)
         return write_flux(pipe, args)
     side = models.PANEL // models.VAE_FACTOR
-    kinds = []  # (latents, CLIP ids, T5 ids, position ids, panel of each token, batch size): as many image tokens a batch
+    kinds = []  # (latents, CLIP ids, T5 ids, position ids, panel of each token, batch size): a batch has as many tokens
     for layout, share in (((2, 2), 1.0), ((1, 2), 0.5), ((1, 1), 1.0)):
         latents, captions = encode_world(vae, layout, int(args.sheets * share), args)
         clip_ids, t5_ids = tokenize(pipe, captions, models.TOKENS[layout])
@@ -401,7 +403,8 @@ def pool_of_panels(args):
         vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
         generator = torch.Generator().manual_seed(args.seed + 77)
         images, attributes = lessons.draw_pool(lessons.POOL, generator, device=args.device)
-        images[:lessons.POOL // 4] = through_vae(images[:lessons.POOL // 4].flatten(0, 1), vae).view(-1, *images.shape[1:])
+        quarter = images[:lessons.POOL // 4]
+        images[:len(quarter)] = through_vae(quarter.flatten(0, 1), vae).view(quarter.shape)
         with dsd.writing(path) as part:
             save_file({"images": images, "attributes": attributes}, part)
     pool = load_file(path)
@@ -534,9 +537,9 @@ COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=
             "witness": (pretrain_witness, dict(steps=10_000, batch_size=64, learning_rate=1.5e-3)),
             "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3)),
             "all": (pretrain_all, {})}
-ALL = {"vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
-       "references": {}, "judge": dict(steps=10_000), "witness": dict(steps=10_000), "vlm": dict(steps=4000)}  # what `all`
-# does, in this order
+ALL = {  # what `all` does, in this order
+    "vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
+    "references": {}, "judge": dict(steps=10_000), "witness": dict(steps=10_000), "vlm": dict(steps=4000)}
 
 
 def main():
@@ -547,17 +550,18 @@ def main():
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
     parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
-    parser.add_argument("--ahead", type=float, default=0., help="flux: in this share of the sheets one panel has less noise "
-                        "than the others and is left out of the loss: they learn to look at it")
-    parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE only the "
-                        "decoder goes on")
-    parser.add_argument("--sight_steps", type=int, help="vlm: steps of the vision tower by itself, first (default: 3000, or "
-                        "0 with --start)")
-    parser.add_argument("--word_steps", type=int, help="vlm, flux: steps of the language model by itself, next (default: "
-                        "600, or 0 with --start)")
-    parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (a minute; a step costs a third less)")
-    parser.add_argument("--graphs", action="store_true", help="flux, on a CUDA GPU: replay the passes as CUDA graphs (a step "
-                        "costs half or a third)")
+    parser.add_argument("--ahead", type=float, default=0., help="flux: in this share of the sheets one panel has less "
+                        "noise than the others and is left out of the loss: they learn to look at it")
+    parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE "
+                        "only the decoder goes on")
+    parser.add_argument("--sight_steps", type=int, help="vlm: steps of the vision tower by itself, first (default: "
+                        "3000, or 0 with --start)")
+    parser.add_argument("--word_steps", type=int, help="vlm, flux: steps of the language model by itself, next "
+                        "(default: 600, or 0 with --start)")
+    parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (it takes a minute; then a "
+                        "step costs a third less)")
+    parser.add_argument("--graphs", action="store_true", help="flux, on a CUDA GPU: replay the passes as CUDA graphs "
+                        "(a step costs half or a third)")
     parser.add_argument("--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)

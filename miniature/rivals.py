@@ -1,10 +1,11 @@
-"""Two other ways to show a reference to the teacher, trained on the same pairs as DSD: the paper's comparisons in small.
+"""Two other ways to show a reference to the teacher, trained on DSD's pairs: the paper's comparisons in small.
 
     python miniature/rivals.py ip_adapter --pairs runs/pairs --out runs/ip_adapter
     python miniature/rivals.py controlnet --pairs runs/pairs --out runs/controlnet
 
-ip_adapter  The double blocks also attend to tokens of the reference, by diffusers' own processors (IP-Adapter, Ye et al.
-            2023). The image encoder is the VAE: the miniature's only vision transformer belongs to the model that scores.
+ip_adapter  The double blocks also attend to tokens of the reference, by diffusers' own processors (IP-Adapter, Ye et
+            al. 2023). The image encoder is the VAE: the miniature's only vision transformer belongs to the model that
+            scores.
 controlnet  A trained copy of the first blocks sees the reference and adds to what the teacher's blocks compute
             (ControlNet, Zhang et al. 2023; diffusers' FluxControlNetModel).
 

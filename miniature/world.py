@@ -1,8 +1,8 @@
 """The miniature's world: small critters, drawn by arithmetic, in eight places, four lights, four outfits.
 
 A critter has an IDENTITY, which mostly only a picture can tell (colours, pattern, eyes; its shape and ears are also
-named by the prompt). It appears in a CONTEXT, which the prompt tells (scene, accessory, light), and in one of six POSES,
-which the prompt tells as well; around each pose there is a small free jitter.
+named by the prompt). It appears in a CONTEXT, which the prompt tells (scene, accessory, light), and in one of six
+POSES, which the prompt tells as well; around each pose there is a small free jitter.
 Everything is drawn from signed distance functions in torch, a whole batch at once: no file, no download.
 
 The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) // 2**16 % 10 == 0`
@@ -35,8 +35,8 @@ RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than 
 N_IDENTITIES = 60_480  # the product of RADIX
 SLIPS = 0.1  # share of pretraining sheets in which one panel shows a critter that differs in one or two attributes
 UNRELATED = 1 / 3  # share of sheets in which one panel or more, but not all, show other critters of the same noun
-DETAILED = 0.3  # share of single panels' captions that also name colours, pattern and eyes, so that the words are known.
-# Sheets' captions never do: where words tell the details, the model need not look from panel to panel
+DETAILED = 0.3  # share of single panels' captions that also name colours, pattern and eyes, so that these words are
+# known. Sheets' captions never do: where words tell the details, the model need not look from panel to panel
 POSES = {  # the prompt's words -> how far right and down the critter's place moves (a panel is 2 wide and high), what
     # its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32; turned it is smaller: ears stay
     "": (0., 0., 1., 0), "on the left": (-.34, 0., .92, 0), "on the right": (.34, 0., .92, 0),
@@ -91,8 +91,8 @@ def draw_contexts(n, generator):
 def draw_poses(n, generator):
     """`n` random poses (n, 4): centre x, centre y, size, tilt (radians).
 
-    They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: where a critter stands no picture foretells, and
-    that doubt was more than half of what the student's loss was made of (README, "What was tried")."""
+    They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the jitter, and with a
+    larger one that doubt was more than half of the student's loss (README, "What was tried")."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     return torch.stack([.06 * u[:, 0], .16 + .03 * u[:, 1], 1.16 + .05 * u[:, 2], .07 * u[:, 3]], 1)
 
@@ -183,7 +183,8 @@ def panel_caption(identity, context, detailed=False, pose=0):
 
 ORDINALS = ["first", "second", "third", "fourth"]
 SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is generate_grids.py's
-    (2, 2): ["a grid of 4 images representing the same {}", "an image of evenly separated 4 panels showing identical {}"],
+    (2, 2): ["a grid of 4 images representing the same {}",
+             "an image of evenly separated 4 panels showing identical {}"],
     (1, 2): ["2 images representing the same {}", "an image of 2 panels showing identical {}"],
 }
 
@@ -302,7 +303,7 @@ def _render(identity, context, pose, size):
         body[i] = _body(k, x[i], y[i])
     for k in range(len(IDENTITY["ears"])):
         i = ears == k
-        ear[i] = _ears(k, x[i], y[i], _look_up(_EAR_X, shape[i]).view(-1, 1, 1), _look_up(_EAR_Y, shape[i]).view(-1, 1, 1))
+        ear[i] = _ears(k, x[i], y[i], *(_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y)))
     feet = _ellipse(x.abs() - .20, y - .47, .17, .11)
 
     ink = torch.tensor([.08, .06, .10]).view(1, 3, 1, 1)
@@ -365,7 +366,8 @@ def _star(X, Y):
 def _face(image, eyes, x, y, paint):
     n = len(eyes)
     white, black = torch.tensor([.98, .98, .98]).view(1, 3, 1, 1), torch.tensor([.05, .04, .08]).view(1, 3, 1, 1)
-    to_eye = torch.stack([torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0) for places in _EYES])
+    to_eye = torch.stack([torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0)
+                          for places in _EYES])
     d = to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[0]  # (N, S, S), to the nearest of its eyes
     radius = torch.tensor([.20, .135, .115])[eyes].view(n, 1, 1)
     image = paint(image, d - radius - .025, black)
@@ -384,7 +386,8 @@ def _accessory(image, kind, x, y, top, paint):
         return torch.tensor([r, g, b]).view(1, 3, 1, 1)
 
     v = y - top
-    image = paint(image, only(1, torch.minimum(_box(x, v + .14, .15, .17), _box(x, v - .02, .25, .045))), rgb(.10, .10, .12))
+    hat = torch.minimum(_box(x, v + .14, .15, .17), _box(x, v - .02, .25, .045))
+    image = paint(image, only(1, hat), rgb(.10, .10, .12))
     image = paint(image, only(1, _box(x, v + .04, .15, .04)), rgb(.95, .78, .20))
     image = paint(image, only(2, _box(x - .56, y - .02, .018, .40)), rgb(.95, .95, .95))
     image = paint(image, only(2, _ellipse(x - .56, y + .46, .19, .23) - .025), rgb(.08, .06, .10))

@@ -112,8 +112,8 @@ def test_no_cell_installs_downloads_or_logs_in(solution):
 
 @pytest.fixture(scope="module")
 def proofs(request):
-    """{lesson: a future}. Models as small as these gain little from a second thread: so the lessons that this run of the
-    tests asks for are run side by side instead, each with one thread."""
+    """{lesson: a future}. Models as small as these gain little from a second thread: so the lessons that this run of
+    the tests asks for are run side by side instead, each with one thread."""
     wanted = {item.callspec.params["solution"] for item in request.session.items if "proofs" in item.fixturenames}
     with ThreadPoolExecutor(min(os.cpu_count(), 4)) as pool:
         yield {file: pool.submit(prove, file) for file in sorted(wanted)}

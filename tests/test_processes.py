@@ -121,7 +121,8 @@ def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, command
 
     The driver also refuses modules that only some systems have, to these scripts and to all others."""
     steps = [[script, *args] for script, args in commands.items()]
-    steps += [[script, "--help"] for script in ("evaluate", "ablations", "benchmark", "computed", "measure", "pretrain")]
+    others = "evaluate", "ablations", "benchmark", "computed", "measure", "pretrain"
+    steps += [[script, "--help"] for script in others]
     counts, = drive(tmp_path, steps, PYTHONHASHSEED="77")  # another order of sets
     assert written(tmp_path / "runs") == written(chain[0] / "runs")
     assert counts == {"generate_grids": 3, "curate": 3, "finetune": 6, "sample": 2}

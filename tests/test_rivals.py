@@ -1,4 +1,4 @@
-"""The rivals of the long table: at first exactly the teacher, then trained on the same pairs and drawn by the same row."""
+"""The rivals of the long table: at first the teacher, then trained on the same pairs and drawn by the same row."""
 
 import argparse
 
@@ -19,8 +19,9 @@ def test_a_rival_is_at_first_the_teacher_and_then_learns_from_the_pairs(kind, pa
     pipe = dsd.load_pipeline(FluxPipeline, ROOT / "miniature" / "flux", dtype=torch.float32)
     pipe.tokenizer_2.model_max_length, g = 24, torch.Generator().manual_seed(0)
     x, reference = torch.randn(2, 2, 16, 64, generator=g)  # (B, N, 64) each
-    text, ids, sigma = dsd.encode_prompts(pipe, ["a round horned critter"] * 2), dsd.position_ids(8, 8), torch.ones(2) / 2
-    run_script("miniature/rivals.py", kind, "--pairs", pairs, "--steps", 3, "--batch_size", 2, "--out", "out", cwd=tmp_path)
+    text, ids = dsd.encode_prompts(pipe, ["a round horned critter"] * 2), dsd.position_ids(8, 8)
+    sigma, flags = torch.ones(2) / 2, ["--steps", 3, "--batch_size", 2, "--out", "out"]
+    run_script("miniature/rivals.py", kind, "--pairs", pairs, *flags, cwd=tmp_path)
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
     with torch.no_grad():
         teacher = dsd.run_transformer(pipe.transformer, x, sigma, text, ids, 1.0)
