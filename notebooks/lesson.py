@@ -155,14 +155,15 @@ def decode(pipe, tokens, h, w):
 
 
 # ---- critters whose truth is known -----------------------------------------------------------------------------------
-def critter(number, scene="in the meadow", accessory="", light="at noon"):
-    """The rendered picture of identity `number`, and its attributes (7,)."""
+def critter(number, scene="in the meadow", accessory="", light="at noon", pose=""):
+    """The rendered picture of identity `number`, and its attributes (7,). No pose: it stands."""
     context = []
     for values, word in zip(world.CONTEXT.values(), (scene, accessory, light)):
         assert word in values, f"no {word!r} in this world; choose one of {', '.join(filter(None, values))}"
         context.append(values.index(word))
     identity = world.identity_of([number])
-    pixels = world.render(identity, torch.tensor([context]), torch.tensor([[0., .16, 1.16, 0.]]))
+    stand = world.in_pose(torch.tensor([[0., .16, 1.16, 0.]]), torch.tensor([list(world.POSES).index(pose)]))
+    pixels = world.render(identity, torch.tensor([context]), stand)
     return to_images(pixels)[0], identity[0]
 
 
