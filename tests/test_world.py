@@ -228,7 +228,7 @@ def check_tokens(tokenizers, texts):
             assert len(ids) <= tokenizer.model_max_length, text
 
 
-def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(tokenizers):
+def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(tokenizers, drawn):
     longest = [v.index(max(v, key=lambda words: len(words.split()))) for v in world.CONTEXT.values()]
     everything = list(itertools.product(range(8), range(4), range(4)))
     texts = [world.sheet_caption([4, 2, 0, 0, 1, 0, 0], [longest] * 4, (2, 2), relight, wording, (2, 2, 2, 2))
