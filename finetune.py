@@ -294,7 +294,8 @@ def parse_args():
     add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
         "(default: what the model's folder says, else the model's own limit)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")
-    add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="weights of the two frames' losses")
+    add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="weights of the losses of frame 1 (identity) "
+        "and frame 2 (edit)")
     add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
     add("--image_guidance", type=amount, default=1.0, help="default s_i when sampling with this adapter")
     add("--text_guidance", type=amount, default=1.0, help="default s_t when sampling with this adapter")
@@ -319,7 +320,6 @@ def prepare(args, processes):
             (args.rank > width, f"--rank {args.rank} is above the {width} channels of this model's layers"),
             (args.batch_size % processes, f"--batch_size must be a multiple of the {processes} processes"),
             (not any(args.frame_weights), "--frame_weights: not both can be 0"),
-            (args.frames == 1 and args.frame_weights != [1.0, 1.0], "--frame_weights needs --frames 2"),
             (args.condition_dropout > 1 or args.condition_dropout / 2 + args.prompt_dropout > 1,
              "--condition_dropout and --prompt_dropout are shares of the pairs, such as 0.1")):
         if wrong:

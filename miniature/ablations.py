@@ -24,7 +24,7 @@ import subprocess  # noqa: E402
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from diffusers import FluxControlInpaintPipeline, FluxControlPipeline, FluxPipeline  # noqa: E402
+from diffusers import FluxControlInpaintPipeline, FluxControlPipeline, FluxInpaintPipeline, FluxPipeline  # noqa: E402
 from diffusers.training_utils import cast_training_params  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -41,6 +41,7 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "no curation, as many pairs": ("as many", []),
     "no curation, all pairs": ("uncurated", []),
     "no identity frame in the loss": ("curated", ["--frame_weights", 0, 1]),
+    "both frames weigh the same": ("curated", ["--frame_weights", 1, 1]),
     "single frame": ("curated", ["--frames", 1]),
     "captions without pose words": ("no poses", []),
     "only condition columns": ("curated", ["--lora_lr_factor", 0]),
@@ -121,6 +122,22 @@ def held_frame(pipe, cases, args):
     return [dsd.cut_grid(image, 1, 2)[1] for image in dsd.to_images(pixels)]
 
 
+def clean_reference(pipe, cases, args):
+    """In-context inpainting, but the reference has no noise at any step.
+
+    The miniature's teacher can use that, since it was pretrained with panels that have less noise than the others
+    (pretrain.py --ahead). An ordinary teacher has never seen such a thing."""
+    canvases, mask = evaluate.two_frames(cases)
+    x_0 = dsd.encode(pipe.vae, dsd.to_pixels(canvases))  # (B, N, 64)
+    x = dsd.unpack(x_0, args.height // pipe.vae_scale_factor, 2 * args.width // pipe.vae_scale_factor)  # (B, 16, h, w)
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(case.seed)) for case in cases]
+    latents = torch.cat([x.chunk(2, dim=3)[0], torch.stack(noise).to(x).chunk(2, dim=3)[1]], dim=3)  # clean | noise
+    pipe.scheduler.scale_noise = lambda sample, *_: sample  # what the pipeline puts into the left frame after a step
+    drawn = evaluate.teacher(pipe, cases, args, [case.sheet_prompt for case in cases], frames=2, image=canvases,
+                             mask_image=mask, strength=1.0, latents=latents)
+    return [dsd.cut_grid(image, 1, 2)[1] for image in drawn]
+
+
 # ---- DreamBooth-LoRA -------------------------------------------------------------------------------------------------
 def named(text, subject):
     """A prompt with DreamBooth's rare word before the subject: "a kitten in space" -> "a sks kitten in space"."""
@@ -190,6 +207,7 @@ def search(args):
 def all_rows(args):
     """Every row, in the table's order."""
     *rows, dsd_row = evaluate.all_rows(args)
+    rows += [evaluate.Row("in-context, clean reference", "sampling", clean_reference, FluxInpaintPipeline)]
     rows += [dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)), dsd_row]
     rows += [dsd_row._replace(name=f"DSD, guidance {i} {t}", group="guidance",
                               options={"image_guidance": i, "text_guidance": t}) for i, t in GUIDANCE]

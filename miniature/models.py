@@ -97,11 +97,13 @@ def flux_settings():
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 256, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0,
+            "count": 400, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0,
             "true_cfg_scale": 3.0, "grammar": grammar()},
         "finetune": {
-            "steps": 2000, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT, "guidance_scale": 1.0,
-            "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100, "validate_every": 400},
+            "steps": 1300, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT,
+            "frame_weights": [0.1, 1.0],  # * see README.md, "The identity frame"
+            "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100,
+            "validate_every": 325},
         "sample": {
             "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
             "width": PANEL, "height": PANEL,

@@ -196,7 +196,7 @@ def pretrain_vae(args):
     def picture(path):
         x = batch(torch.Generator().manual_seed(1), (1, 1))[:16]
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        save_picture(torch.cat([x, y]) / 2 + 0.5, 16, path)
+        save_picture(torch.cat([x, y]) / 2 + 0.5, len(x), path)
 
     steps = fit("vae", vae, loss_of_step, args, picture)
     with torch.no_grad():  # FLUX's convention: (latents - shift) * scale has mean 0 and variance 1
