@@ -452,8 +452,9 @@ class Parser(argparse.ArgumentParser):
         first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
         folder = first.parse_known_args()[0].folder
         own = folder_settings(folder).get(step, {}) if folder else {}
-        if not isinstance(own, dict):
-            raise DsdError(f"dsd.json: \"{step}\" must be an object; restore the model's folder")
+        if not isinstance(own, dict) or any(isinstance(self.get_default(name), (int, float)) and
+                                            not isinstance(own[name], (int, float, str)) for name in own):
+            raise DsdError(f"dsd.json: \"{step}\" must hold values of options; restore the model's folder")
         more = own | more
         texts = {name: str(value) for name, value in more.items() if type(value) in (int, float)}  # checked like flags
         self.set_defaults(**more | texts)

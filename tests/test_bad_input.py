@@ -79,6 +79,7 @@ def make_models(flux, vlm):
                                    ("kontext", "model_index.json", "_class_name", "FluxKontextPipeline"),
                                    ("fill", "transformer/config.json", "in_channels", 384),
                                    ("many", "dsd.json", "generate_grids", {"panel": "many"}),
+                                   ("nested", "dsd.json", "generate_grids", {"panel": [32]}),
                                    ("list", "dsd.json", "generate_grids", [1])):
         file = copy(name) / path
         replace(file, json.dumps(json.loads(file.read_text()) | {key: value}).encode())
@@ -211,6 +212,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
     *((script, ["--model", "nan"], ["not finite", "check the weights"]) for script in (generate_grids, sample)),
     (generate_grids, ["--model", "no_json"], ["no_json/dsd.json: not a JSON file"]),
     (generate_grids, ["--model", "many"], ["--panel", "many"]), (generate_grids, ["--model", "list"], ["dsd.json"]),
+    (generate_grids, ["--model", "nested"], ["dsd.json"]),
     *((generate_grids, ["--llm", name], [f"--llm {name}", "not a chat model"]) for name in ("empty", VLM, FLUX)),
     (curate, ["--vlm", "nowhere"], ["no model folder nowhere"]), (generate_grids, ["--llm", "nowhere"], ["nowhere"]),
     *((curate, ["--vlm", name], [f"cannot load {name} as a vision-language model"])

@@ -321,8 +321,8 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, pairs, monkeypatch):
     flags = ["--pairs", pairs, "--ablation_steps", 1, "--references", 1, "--unguided_steps", 0,
              "--rows", "tuning", "DSD", "guidance", "sampling", "ablation"]
     said, out = run(tmp_path / "out", *flags, script=ablations), tmp_path / "out"
-    rows = ["DreamBooth-LoRA", "DSD", "DSD, guidance 1.0 1.0", "DSD, frame 1 held", "DSD, single frame",
-            "DSD, only LoRA", "DSD, only LoRA, frame 1 held"]
+    rows = ["in-context, clean reference", "DreamBooth-LoRA", "DSD", "DSD, guidance 1.0 1.0", "DSD, frame 1 held",
+            "DSD, single frame", "DSD, only LoRA", "DSD, only LoRA, frame 1 held"]
     assert all(f"| {name} | 1 |" in said for name in rows)
     assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
     assert tuned == [2, 1, 2] and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
