@@ -78,7 +78,8 @@ def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
     """Flow-matching loss over both frames of a canvas (paper section 3.3: frame 1 is the identity, frame 2 the edit).
 
     v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns three scalars: the
-    weighted mean of the two frames' losses, and the mean squared error of each frame."""
+    weighted mean of the two frames' losses, and the mean squared error of each frame. The paper names no weights.
+    * The miniature gives frame 1 a tenth, since its loss teaches a small model to hide the reference from frame 2."""
     first, second = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
     first, second = first.mean(), second.mean()
     return (weights[0] * first + weights[1] * second) / sum(weights), first, second
