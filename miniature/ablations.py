@@ -33,7 +33,7 @@ import evaluate  # noqa: E402
 from miniature import exams, rivals, world  # noqa: E402
 
 SEARCH = range(100_000, 100_008)  # numbers of the references for the search; the table never shows them
-STRENGTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of SDEdit
+STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # of SDEdit
 GUIDANCE = [(1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 1.5), (1.5, 2.0), (2.0, 2.0)]  # image, text
 LEARNING_RATES, TUNING_STEPS = [5e-4, 2e-3], [50, 100, 200, 400]  # of DreamBooth-LoRA
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
@@ -49,7 +49,6 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "half of the pairs": ("half", []),
     "a quarter of the pairs": ("quarter", []),
     "LoRA rank 4": ("curated", ["--rank", 4]),
-    "LoRA rank 16": ("curated", ["--rank", 16]),
     "LoRA rank 64": ("curated", ["--rank", 64]),
 }
 
@@ -123,10 +122,8 @@ def held_frame(pipe, cases, args):
 
 
 def clean_reference(pipe, cases, args):
-    """In-context inpainting, but the reference has no noise at any step.
-
-    The miniature's teacher can use that, since it was pretrained with panels that have less noise than the others
-    (pretrain.py --ahead). An ordinary teacher has never seen such a thing."""
+    """In-context inpainting, but the reference has no noise at any step. The miniature's teacher can use that: it was
+    pretrained with panels that have less noise than the others (pretrain.py --ahead). Ordinary teachers were not."""
     canvases, mask = evaluate.two_frames(cases)
     x_0 = dsd.encode(pipe.vae, dsd.to_pixels(canvases))  # (B, N, 64)
     x = dsd.unpack(x_0, args.height // pipe.vae_scale_factor, 2 * args.width // pipe.vae_scale_factor)  # (B, 16, h, w)
