@@ -64,10 +64,12 @@ def test_finetune_writes_adapter_log_checkpoint_figure_and_validation(chain, flu
     log = dsd.read_records(folder / "log.jsonl")
     assert [r["step"] for r in log] == list(range(6))
     assert [r["step"] for r in log if "held_out" in r] == [2, 5]  # the validations
+    settings = dsd.read_json(folder / "settings.json")
+    first, second = settings["frame_weights"]
     for r in log:
         for name in ("", "held_out_") if "held_out" in r else ("",):
-            assert abs(r[name.rstrip("_") or "loss"] - (r[f"{name}frame_1"] + r[f"{name}frame_2"]) / 2) < 1e-5
-    settings = dsd.read_json(folder / "settings.json")
+            mean = (first * r[f"{name}frame_1"] + second * r[f"{name}frame_2"]) / (first + second)
+            assert abs(r[name.rstrip("_") or "loss"] - mean) < 1e-5
     assert (settings["rank"], settings["precision"], settings["model"]) == (4, "no", dsd.name_of(flux))
     tensors = load_file(folder / dsd.ADAPTER_FILE)
     assert tensors["transformer.x_embedder.lora_B.weight"].abs().max() > 0
