@@ -80,11 +80,11 @@ def two_frames(cases):
     return [make_image_grid([case.image, black], 1, 2) for case in cases], mask
 
 
-def inpainting(pipe, cases, args):
+def inpainting(pipe, cases, args, **more):
     """In-context inpainting: the unmodified teacher fills the right frame; the prompt says what both frames show."""
     canvases, mask = two_frames(cases)
     drawn = teacher(pipe, cases, args, [case.sheet_prompt for case in cases], frames=2, image=canvases, mask_image=mask,
-                    strength=1.0)
+                    strength=1.0, **more)
     return [dsd.cut_grid(image, 1, 2)[1] for image in drawn]
 
 

@@ -124,15 +124,12 @@ def held_frame(pipe, cases, args):
 def clean_reference(pipe, cases, args):
     """In-context inpainting, but the reference has no noise at any step. The miniature's teacher can use that: it was
     pretrained with panels that have less noise than the others (pretrain.py --ahead). Ordinary teachers were not."""
-    canvases, mask = evaluate.two_frames(cases)
-    x_0 = dsd.encode(pipe.vae, dsd.to_pixels(canvases))  # (B, N, 64)
+    x_0 = dsd.encode(pipe.vae, dsd.to_pixels(evaluate.two_frames(cases)[0]))  # (B, N, 64)
     x = dsd.unpack(x_0, args.height // pipe.vae_scale_factor, 2 * args.width // pipe.vae_scale_factor)  # (B, 16, h, w)
     noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(case.seed)) for case in cases]
     latents = torch.cat([x.chunk(2, dim=3)[0], torch.stack(noise).to(x).chunk(2, dim=3)[1]], dim=3)  # clean | noise
     pipe.scheduler.scale_noise = lambda sample, *_: sample  # what the pipeline puts into the left frame after a step
-    drawn = evaluate.teacher(pipe, cases, args, [case.sheet_prompt for case in cases], frames=2, image=canvases,
-                             mask_image=mask, strength=1.0, latents=latents)
-    return [dsd.cut_grid(image, 1, 2)[1] for image in drawn]
+    return evaluate.inpainting(pipe, cases, args, latents=latents)
 
 
 # ---- DreamBooth-LoRA -------------------------------------------------------------------------------------------------
@@ -204,8 +201,8 @@ def search(args):
 def all_rows(args):
     """Every row, in the table's order."""
     *rows, dsd_row = evaluate.all_rows(args)
-    rows += [evaluate.Row("in-context, clean reference", "sampling", clean_reference, FluxInpaintPipeline)]
-    rows += [dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)), dsd_row]
+    rows += [evaluate.Row("in-context, clean reference", "sampling", clean_reference, FluxInpaintPipeline),
+             dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)), dsd_row]
     rows += [dsd_row._replace(name=f"DSD, guidance {i} {t}", group="guidance",
                               options={"image_guidance": i, "text_guidance": t}) for i, t in GUIDANCE]
     rows += [evaluate.Row(f"{name}, trained on the same pairs", "rival", rivals.draw, FluxPipeline,
