@@ -30,7 +30,6 @@ import torch
 from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from PIL import ImageChops, ImageStat
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
@@ -89,6 +88,7 @@ def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 TRUNCATED = "[truncated]"
 VERDICTS = {"yes", "no", "unparsable", "truncated", "blank", "copies"}
+# A step's heading as chat models write it, such as "**Step 3. Image 2** (detail):", and a verdict of one word.
 HEAD = (r"[\s>#*_`\-•]*(?:(?:step )?\d[.):])?[\s*_`]*({})[ *_`]*(?:\([^)\n]*\)[ *_]*)?(?:[:：][ *_]*|$)"
         .format("|".join([*STEPS, "comparison"])))
 WORD = r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)))"  # not "yes, no."
@@ -169,7 +169,7 @@ def caption_pairs(records, panels, model, args):
 def transcript(number, grid, args):
     """The saved transcripts of one grid, or [] if there are none or they belong to another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
-    found = dsd.read_json(file) if file.exists() else {}
+    found = dsd.read_json(file, missing={})
     if not found or found.get("picture") != dsd.digest(args.grids / grid["file"]):
         return []
     with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
@@ -182,7 +182,7 @@ def transcript(number, grid, args):
 
 
 def is_done(batch, args):
-    """Whether all pairs of a batch {number: grid} have been asked about, and the accepted ones captioned."""
+    """Whether all pairs of some grids {number: grid} have been asked about, and the accepted ones captioned."""
     found = [transcript(n, grid, args) for n, grid in batch.items()]
     return all(found) and all(r["captions"] for records in found for r in records if r["verdict"] == "yes")
 
@@ -216,7 +216,7 @@ def summarise(records, pairs):
     """Counts of the verdicts, over all pairs and by family."""
     def count(records):
         verdicts = collections.Counter(r["verdict"] for r in records)
-        return {"asked": len(records), "accept_rate": round(verdicts["yes"] / len(records), 4),
+        return {"pairs": len(records), "accept_rate": round(verdicts["yes"] / len(records), 4),
                 "yes": verdicts["yes"], "no": verdicts["no"], **verdicts}
     families = sorted({r["family"] for r in records})
     return {"training_pairs": len(pairs), **count(records),
@@ -243,7 +243,7 @@ def parse_args():
     add("--example", default=EXAMPLE, help="a sample answer, which is appended to the question")
     add("--tolerance", type=dsd.at_least(0), default=0, help="accept a pair if the comparison names at most this many "
         "differing parts; 0 keeps the VLM's own verdict")
-    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs in a batch; affects speed and memory only")
+    add("--batch_size", type=dsd.at_least(1), default=64, help="pairs in a batch; affects speed and memory")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
     add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
@@ -267,14 +267,12 @@ def main():
     args = parse_args()
     grids, state = read_grids(args), PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size", "seed"])
-    at_once = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
-    items = list(grids.items())
-    batches = [dict(items[i:i + at_once]) for i in range(0, len(items), at_once)]
-    share = [batch for batch in batches[state.process_index::state.num_processes] if not is_done(batch, args)]
-    model = load_vlm(args.vlm, args.quantize) if share else None
-    for batch in tqdm(share, desc="curate", unit="batch", disable=not state.is_main_process):
-        curate_batch(batch, model, args)
+        lock = dsd.open_out(args, "curate",  # noqa: F841; held until the process ends
+                            changeable=["grids", "batch_size", "seed"])
+    model = None if is_done(grids, args) else load_vlm(args.vlm, args.quantize)
+    for batch in dsd.batches(list(grids.items()), max(args.batch_size // 6, 1), "curate"):  # a 2x2 grid has six pairs
+        if not is_done(dict(batch), args):
+            curate_batch(dict(batch), model, args)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -288,7 +286,7 @@ def main():
     if not pairs:
         raise dsd.DsdError(f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and transcripts/); "
                            "make more or better grids, or try another --vlm or a higher --tolerance")
-    print(f"{summary['yes']} of {summary['asked']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
+    print(f"{summary['yes']} of {summary['pairs']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
           f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}")
 
 

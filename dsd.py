@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 for library in (diffusers, transformers):  # before the imports below, some of which print notices
     library.utils.logging.set_verbosity_error()
@@ -48,8 +49,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-       "bnb_4bit_compute_dtype": torch.bfloat16}  # --quantize nf4: weights of 4 bits
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # 4 bits a weight
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -79,7 +79,7 @@ def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
 
     v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns three scalars: the
     weighted mean of the two frames' losses, and the mean squared error of each frame. The paper names no weights.
-    * The miniature gives frame 1 a tenth, since its loss teaches a small model to hide the reference from frame 2."""
+    * The miniature gives frame 1 a tenth: with more, a model this small copies less of the reference into frame 2."""
     first, second = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
     first, second = first.mean(), second.mean()
     return (weights[0] * first + weights[1] * second) / sum(weights), first, second
@@ -185,7 +185,7 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
     """B prompts -> (T5 embeddings (B, L, D), pooled CLIP embeddings (B, P)); L is the tokenizer's limit."""
-    prompts = list(prompts)  # the stock pipelines fail at a tuple with an unknown word
+    prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
     return pipe.encode_prompt(prompts, prompts, max_sequence_length=pipe.tokenizer_2.model_max_length)[:2]
 
 
@@ -213,26 +213,25 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
     """Zero-shot sampling (paper section 3.3): B images that show the references' subjects as the prompts say.
 
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers, one for each image's
-    own generator, so that the batch size does not change it; guidance_scale: distilled guidance, for models that have
-    it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an ablation) only
-    frame 2 is drawn. Returns a list of images."""
+    own generator, so that the batch size changes it by rounding only; guidance_scale: distilled guidance, for models
+    that have it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an ablation)
+    only frame 2 is drawn. Returns a list of images."""
     vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
-    condition = encode(vae, given, generators).to(transformer.dtype)  # (B, N, 64), sampled (R), not the mean
+    condition = encode(vae, given, generators).to(transformer.dtype)  # (B, N, 64); a sample (R), in training the mean
     height, width = given.shape[2:]
     x, ids = pipe.prepare_latents(len(seeds), vae.config.latent_channels, height, width, transformer.dtype, device,
                                   generators)  # (B, N, 64) and (N, 3)
 
     def model(x, condition, text):
         tokens = torch.cat([x, condition], dim=2)  # (n B, N, 128)
-        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), cast before the division as in diffusers and R
+        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), t is the loop's; cast first, as in diffusers and R
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
-    sigmas, config = torch.linspace(1.0, 1 / steps, steps).tolist(), pipe.scheduler.config
-    mu = calculate_shift(x.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
-                         config.max_shift) if config.use_dynamic_shifting else None  # FLUX.1-dev: by resolution
-    pipe.scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+    config, names = pipe.scheduler.config, ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(x.shape[1], *(config[name] for name in names))  # FLUX.1-dev's shift; other models ignore it
+    pipe.scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device, mu=mu)
     for i, t in enumerate(pipe.scheduler.timesteps):  # t = 1000 sigma
         s_i, s_t = (image_guidance, text_guidance) if i >= unguided_steps else (1.0, 1.0)  # none in the first steps (R)
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
@@ -248,8 +247,8 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
     """Write the adapter as FluxControlPipeline.load_lora_weights(folder) reads it; same weights, same bytes.
 
-    facts: what sampling must know of it, see `adapter_facts`. They go into diffusers' own metadata entry, since
-    safetensors writes several entries in no fixed order."""
+    facts: what sampling must know: frames, width, height, prompt_tokens and the guidance scales. They go into
+    diffusers' own metadata entry, since safetensors writes several entries in no fixed order."""
     config = transformer.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
@@ -262,8 +261,8 @@ def save_adapter(transformer, folder, facts, dtype=torch.float32):
 
 
 def adapter_facts(adapter):
-    """The file of an adapter, which is given as a folder, a file or a hub name, and what finetune.py says of it:
-    {"frames": 2, ...} or {}."""
+    """The file of an adapter, which is given as a folder, a file or a hub name, and the facts that `save_adapter` put
+    into it, or {}."""
     if not Path(adapter).exists() and (name := Path(adapter).as_posix()).count("/") == 1:
         with explained(f"no adapter {name}, neither here nor on the hub"):
             adapter = snapshot_download(name, allow_patterns=[ADAPTER_FILE, "transformer/*.safetensors"])
@@ -292,7 +291,7 @@ def load_adapter(pipe, adapter):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default")
         loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
         if lost := {name for name in tensors if name.startswith("transformer.") and ".lora_" in name} - loaded:
-            raise ValueError(f"{len(lost)} of its layers, {min(lost)} for one, have no place in it")
+            raise ValueError(f"the model has no place for {len(lost)} of its layers, such as {min(lost)}")
     return facts
 
 
@@ -304,9 +303,8 @@ def load_released_transformer(transformer, folder):
     with explained(f"{folder}: not a released DSD transformer for this model"):
         for file in sorted(folder.glob("*.safetensors")):
             state |= {name: tensor for name, tensor in load_file(file).items() if ".lora_" not in name}
-        weights, biases = ([state.pop(f"{name}.{part}") for name in ("x_embedder", "c_embedder")]
-                           for part in ("weight", "bias"))
-        state |= {"x_embedder.weight": torch.cat(weights, dim=1), "x_embedder.bias": sum(biases)}  # (width, 128)
+        state["x_embedder.weight"] = torch.cat([state["x_embedder.weight"], state.pop("c_embedder.weight")], dim=1)
+        state["x_embedder.bias"] = state["x_embedder.bias"] + state.pop("c_embedder.bias")
         widen(transformer).load_state_dict(state)
 
 
@@ -347,7 +345,7 @@ def memory_in_use():
 
 
 def check_here(model):
-    """Reject the name of a model on the hub on a machine that cannot run such models."""
+    """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
         raise DsdError(f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
                        "newer). Without one, leave the option out to use the miniature")
@@ -359,7 +357,8 @@ def check_model(model, *sides):
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
-        vae, config = (FluxTransformer2DModel.load_config(model, subfolder=part) for part in ("vae", "transformer"))
+        load = FluxTransformer2DModel.load_config  # it reads the configuration of any part
+        vae, config = (load(model, subfolder=part) for part in ("vae", "transformer"))
         if pipeline != "FluxPipeline" or config["in_channels"] != 64:
             raise ValueError(f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64")
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
@@ -374,13 +373,13 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
     quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
     check_model(model)
     dtype = dtype or weight_dtype()
-    nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype}
+    nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
     large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # widened later
              "text_encoder_2": transformers.BitsAndBytesConfig(**nf4)} if quantize == "nf4" else {}
     large = {name: config for name, config in large.items() if name not in parts}
-    options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=large)} if large else {}
+    config = PipelineQuantizationConfig(quant_mapping=large) if large else None
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
-        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **options, **parts)
+        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, quantization_config=config, **parts)
     pipe.set_progress_bar_config(disable=True)
     limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
     if adapter:
@@ -396,11 +395,10 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
 
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
-    check_here(name)
-    nf4 = NF4 | {"bnb_4bit_compute_dtype": weight_dtype()}
-    config = transformers.BitsAndBytesConfig(**nf4) if quantize == "nf4" else None
-    return cls.from_pretrained(name, dtype=weight_dtype(), use_safetensors=True, device_map=str(PartialState().device),
-                               quantization_config=config).eval()
+    dtype, device = weight_dtype(), str(PartialState().device)
+    nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if quantize == "nf4" else None
+    return cls.from_pretrained(name, dtype=dtype, use_safetensors=True, device_map=device,
+                               quantization_config=nf4).eval()
 
 
 def warn_of_prompts(pipe, prompts):
@@ -452,13 +450,11 @@ class Parser(argparse.ArgumentParser):
         first.error = self.error
         first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
         folder = first.parse_known_args()[0].folder
-        own = folder_settings(folder).get(step, {}) if folder else {}
-        if not isinstance(own, dict) or any(isinstance(self.get_default(name), (int, float)) and
-                                            not isinstance(own[name], (int, float, str)) for name in own):
-            raise DsdError(f"dsd.json: \"{step}\" must hold values of options; restore the model's folder")
-        more = own | more
-        texts = {name: str(value) for name, value in more.items() if type(value) in (int, float)}  # checked like flags
-        self.set_defaults(**more | texts)
+        with explained(f"{folder}/dsd.json: \"{step}\" must hold values of options; restore the model's folder"):
+            more = dict(folder_settings(folder).get(step, {}) if folder else {}) | more
+        self.set_defaults(**more | {  # as text, which argparse checks as it checks flags
+            option.dest: str(more[option.dest]) for option in self._actions
+            if option.type and not option.nargs and more.get(option.dest) is not None})
         args = self.parse_args()
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
@@ -468,8 +464,7 @@ class Parser(argparse.ArgumentParser):
 
 def folder_settings(model):
     """What a model's folder says in its dsd.json, {script: {option: default}} and more, or {} if there is none."""
-    file = Path(model) / "dsd.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(Path(model) / "dsd.json", missing={})
 
 
 def at_least(low, number=int):
@@ -493,7 +488,7 @@ def run_main(main):
         line = str(error)
     except OSError as error:  # no permission, a file where a folder should be, a full disk
         line = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError, on a GPU a kind of it
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError, on a GPU a subclass
         if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
             raise
         line = f"out of memory; take a smaller --batch_size or picture ({error})"
@@ -503,7 +498,7 @@ def run_main(main):
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Turn any error inside (or only those in `errors`) into a DsdError with this message; damaged files raise many."""
+    """Turn any error inside, or only those in `errors`, into a DsdError: damaged files raise all kinds of errors."""
     try:
         yield
     except DsdError:
@@ -515,27 +510,24 @@ def explained(message, *errors):
 def open_out(args, step, changeable, **more):
     """Make the folder --out for one run and lock it. Returns the lock: hold it as long as you write.
 
-    A run is identified by its options, except the `changeable` ones, which do not affect its results, and by `more`.
-    They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use. Of several
-    processes only the main one does this."""
+    A run is identified by its options, except the `changeable` ones, which may differ from one start to the next, and
+    by `more`. They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use.
+    Of several processes only the main one does this."""
     if not PartialState().is_main_process:
         return None
-    kept = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
-    files = {name: name_of(kept[name]) for name in ("model", "vlm", "llm", "adapter") if kept.get(name)}
-    run = {"step": step, **kept, **files, **more}
+    run = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
+    run |= {name: name_of(run[name]) for name in ("model", "vlm", "llm", "adapter") if run.get(name)}
+    run = json.loads(json.dumps({"step": step, **run, **more}))  # in the file's form: tuples become lists
     args.out.mkdir(parents=True, exist_ok=True)
     lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
-    run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
-    try:
+    with explained(f"{args.out} is in use by another process; wait for it or give another --out", Timeout):
         lock.acquire(blocking=False)
-    except Timeout:
-        raise DsdError(f"{args.out} is in use by another process; wait for it or give another --out") from None
-    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {"settings.json", "settings.json.part"}
-    before = read_json(path) if path.exists() else {}
+    before = read_json(path, missing={})
+    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {path.name, f"{path.name}.part"}
     if names and before != run:
-        odd = [f"its {name} was {str(value)[:60]}" for name, value in before.items() if value != run.get(name)]
-        why = [*odd, min(names)][0]
-        raise DsdError(f"{args.out} holds another run or other files ({why}); delete it or give another --out")
+        odd = [f"its {name} was {str(before.get(name))[:60]}" for name in {**before, **run}
+               if before.get(name) != run.get(name)] if before else [min(names)]
+        raise DsdError(f"{args.out} holds another run or other files ({odd[0]}); delete it or give another --out")
     write_json(path, run)
     return lock
 
@@ -564,8 +556,10 @@ def write_json(path, value):
         part.write_bytes(text.encode(errors="backslashreplace"))
 
 
-def read_json(path):
-    """The object in a JSON file."""
+def read_json(path, missing=None):
+    """The object in a JSON file; `missing`, if that is given, where there is no file."""
+    if missing is not None and not Path(path).exists():
+        return missing
     with explained(f"{path}: not a JSON file of this project; restore or delete it"):
         return dict(json.loads(Path(path).read_bytes()))
 
@@ -592,6 +586,13 @@ def digest(*files, text=""):
     """The first 16 hexadecimal digits of the SHA-256 of some files' contents, and of a text."""
     parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files]
     return hashlib.sha256(b"".join([*parts, text.encode(errors="backslashreplace")])).hexdigest()[:16]
+
+
+def batches(items, size, name):
+    """This process's batches of some items, with a progress bar. What is done already does not change them: so a run
+    that was interrupted computes the same batches, and the same bytes."""
+    state, parts = PartialState(), [items[i:i + size] for i in range(0, len(items), size)]
+    return tqdm(parts[state.process_index::state.num_processes], name, unit="batch", disable=not state.is_main_process)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

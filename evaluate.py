@@ -36,7 +36,6 @@ from diffusers import FluxControlPipeline, FluxImg2ImgPipeline, FluxInpaintPipel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 import curate
 import sample
@@ -92,7 +91,7 @@ def zero_shot(pipe, cases, args):
     """This project's method, by sample.py's own function. The adapter says how many frames it was trained with."""
     facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[1]
     own = argparse.Namespace(**vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")})
-    return sample.draw_batch(pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own)
+    return sample.draw_pictures(pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own)
 
 
 def all_rows(args):
@@ -115,25 +114,25 @@ def load(row, args):
 
 def run_row(row, cases, args):
     """Draw and score what is missing of a row, and return its records. Several processes share the batches."""
-    args, state, loaded = argparse.Namespace(**vars(args) | row.options), PartialState(), None
-    files = [args.out / "rows" / row.name / f"{k:04d}.png" for k in range(len(cases))]
-    parts = [slice(i, i + args.batch_size) for i in range(0, len(cases), args.batch_size)]
-    for part in tqdm(parts[state.process_index::state.num_processes], row.name, disable=not state.is_main_process):
-        if all(file.with_suffix(".json").exists() for file in files[part]):
+    args, loaded = argparse.Namespace(**vars(args) | row.options), None
+    all_files = [args.out / "rows" / row.name / f"{k:04d}.png" for k in range(len(cases))]
+    for batch in dsd.batches(list(zip(cases, all_files)), args.batch_size, row.name):
+        some, files = zip(*batch)
+        if all(file.with_suffix(".json").exists() for file in files):
             continue
         seconds = None
-        if not all(file.exists() for file in files[part]):
+        if not all(file.exists() for file in files):
             pipe, options = loaded = loaded or load(row, args)
             begun = time.time()
-            for image, file in zip(row.draw(pipe, cases[part], options), files[part]):
+            for image, file in zip(row.draw(pipe, some, options), files):
                 dsd.save_image(image, file)
-            seconds = (time.time() - begun) / len(files[part])
-        records = exams.score(*args.scorer, cases[part], [dsd.open_image(file) for file in files[part]])
-        for case, file, record in zip(cases[part], files[part], records):
+            seconds = (time.time() - begun) / len(files)
+        records = exams.score(*args.scorer, some, [dsd.open_image(file) for file in files])
+        for case, file, record in zip(some, files, records):
             about = {"reference": case.reference, "kind": case.kind, "prompt": case.prompt, "seconds": seconds}
             dsd.write_json(file.with_suffix(".json"), about | record)
-    state.wait_for_everyone()
-    return [dsd.read_json(file.with_suffix(".json")) for file in files]
+    PartialState().wait_for_everyone()
+    return [dsd.read_json(file.with_suffix(".json")) for file in all_files]
 
 
 # ---- means and intervals ---------------------------------------------------------------------------------------------

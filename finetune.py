@@ -7,12 +7,17 @@
 The reference (frame 1) and the edit (frame 2) lie side by side on one canvas, twice as wide as a picture. The model
 sees the condition [reference | black] beside the noisy canvas and learns to draw both frames: frame 1 as it is, frame 2
 as prompted.
-Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads tensors.
 
-Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA), `log.jsonl`, `loss.png`,
-`validation/*.png` (pairs held out of training), and in checkpoint/ the adapter so far, ready for sample.py, with the
-optimiser's state. Started again, the same command goes on from there; a larger --steps lengthens a
-finished run, and options that do not affect the result (--save_every, --compile, ...) may change in between.
+Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads only tensors.
+
+Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA in 16 bits), `log.jsonl`, `loss.png`,
+`settings.json`, `validation/*.png` (pairs held out of training), and in checkpoint/ the adapter so far, ready for
+sample.py, with the optimiser's state. Started again, the same command goes on from there. A larger --steps lengthens a
+finished run (the learning rate then rises again); --save_every, --compile and the like may change in between.
+
+The defaults in this file are for FLUX.1. A model's folder may bring others in its dsd.json, as the miniature's does:
+--help shows those that are in force. In comments, "R" marks what we took from the authors' released code because the
+paper is silent, and "*" our own choices.
 """
 
 import dsd  # first: see its head
@@ -35,6 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 
+FILES = "reference_file_name", "target_file_name"  # of a pair, in its record
+
+
 # ---- the cache: everything is encoded once ---------------------------------------------------------------------------
 def read_pairs(args):
     """The records of curate.py (reference and target file, the target's prompt): those to train on, those held out.
@@ -43,7 +51,7 @@ def read_pairs(args):
     path = args.pairs / "metadata.jsonl"
     if not path.exists():
         raise dsd.DsdError(f"no pairs in {args.pairs}; run curate.py first, or give --pairs")
-    names = "reference_file_name", "target_file_name", "prompt"
+    names = *FILES, "prompt"
     records = list({tuple(r[name] for name in names): r for r in dsd.read_records(path, *names)}.values())
     if not records or not all(r["prompt"].strip() for r in records):
         raise dsd.DsdError(f"{path}: no pairs, or a pair with an empty prompt")
@@ -56,25 +64,22 @@ def read_pairs(args):
 
 def open_pair(args, pair):
     """Reference and target of a pair as images of the training size."""
-    return [dsd.fit_image(dsd.open_image(args.pairs / pair[name]), args.width, args.height)
-            for name in ("reference_file_name", "target_file_name")]
+    return [dsd.fit_image(dsd.open_image(args.pairs / pair[name]), args.width, args.height) for name in FILES]
 
 
 def cache_file(args, pair):
     """Where a pair's tensors are kept. The name follows from the contents: another picture has another file."""
-    pictures = [args.pairs / pair[name] for name in ("reference_file_name", "target_file_name")]
-    name = dsd.digest(*pictures, text=str([pair["prompt"], args.width, args.height, args.prompt_tokens]))
+    name = dsd.digest(*[args.pairs / pair[name] for name in FILES],
+                      text=str([pair["prompt"], args.width, args.height, args.prompt_tokens]))
     return args.out / "cache" / f"{name}.safetensors"
 
 
-def encode_pairs(pipe, pairs, args, accelerator):
+def encode_pairs(pipe, pairs, args):
     """Encode the pairs whose files in the cache are missing, a few at a time; several processes share them.
 
     With --frames 1 (an ablation) the target is the whole canvas, and the reference its condition."""
     n = 32 if args.height < 512 else 4  # the VAE would need 22 GB for 32 canvases of FLUX.1's size
-    parts = [pairs[i:i + n] for i in range(0, len(pairs), n)]  # the same ones after an interruption
-    for part in tqdm(parts[accelerator.process_index::accelerator.num_processes], desc="encode", unit="batch",
-                     disable=not accelerator.is_main_process):
+    for part in dsd.batches(pairs, n, "encode"):
         if all(pair["cache"].exists() for pair in part):
             continue
         reference, target = map(dsd.to_pixels, zip(*[open_pair(args, pair) for pair in part]))  # (n, 3, H, W)
@@ -85,12 +90,12 @@ def encode_pairs(pipe, pairs, args, accelerator):
         for pair, *row in zip(part, *(tensor.to("cpu", torch.bfloat16) for tensor in tensors)):
             with dsd.writing(pair["cache"]) as file:
                 save_file(dict(zip(("x_0", "condition", "embeds", "pooled"), (t.contiguous() for t in row))), file)
-    accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
 
 
 def read_cache(pairs):
     """x_0 and condition (B, N, 64) and text = (embeds (B, L, D), pooled (B, P)) of some pairs, in float32."""
-    with dsd.explained("a file in --out/cache is damaged; delete that folder, it is made again"):
+    with dsd.explained(f"{pairs[0]['cache'].parent}: a file is damaged; delete this folder, it will be made again"):
         rows = [load_file(pair["cache"]) for pair in pairs]
     x_0, condition, *text = (torch.stack([row[name] for row in rows]).float()
                              for name in ("x_0", "condition", "embeds", "pooled"))
@@ -188,7 +193,7 @@ def resume(parameters, optimizer, args):
     file = args.out / "checkpoint" / "training_state.pt"
     if not file.exists():
         return []
-    with dsd.explained(f"{file}: not a checkpoint of this run; delete {args.out} to start again"):
+    with dsd.explained(f"{file}: not a checkpoint of this run; delete {file.parent} to train from the start"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         for p, saved in zip(parameters, state["parameters"], strict=True):
             p.data.copy_(saved)
@@ -206,7 +211,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="finetune", disable=not main_process)
     for step in bar:
         begun = time.time()
-        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0
+        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # this step's own
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
             with attention(args):
@@ -216,7 +221,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         losses = accelerator.reduce(losses, "mean").tolist()
         if not math.isfinite(sum(losses) + norm):  # before it reaches the weights
-            raise dsd.DsdError(f"the loss or its gradient is not a number at step {step}; the last checkpoint is kept. "
+            raise dsd.DsdError(f"the loss or its gradient is not finite at step {step}; the last checkpoint is kept. "
                                "Try a lower --learning_rate, and another --out")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * group["factor"] * learning_rate_share(step, args.steps)
@@ -242,15 +247,16 @@ def validate(pipe, held_out, null_text, args, step):
     chosen, generator = random.Random(0).sample(held_out, min(24, len(held_out))), torch.Generator().manual_seed(0)
     losses, rows, device = 0, [], pipe.transformer.device
     for i in range(0, len(chosen), args.batch_size):
-        part, shown = chosen[i:i + args.batch_size], chosen[i:min(i + args.batch_size, 6)]
+        part = chosen[i:i + args.batch_size]
+        shown = part[:max(6 - i, 0)]
         x_0, condition, text = read_cache(part)
         eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(len(part), args.shift, generator)
         batch = [tensor.to(device) for tensor in (x_0, eps, sigma, condition, *text)]
         losses = losses + batch_losses(pipe.transformer, batch, args) * len(part) / len(chosen)
         if shown:
             references, targets = zip(*[open_pair(args, pair) for pair in shown])
-            text = [tensor[:len(shown)] for tensor in batch[4:]]
-            drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), text, null_text, list(range(len(shown))), 20,
+            shown_text = [tensor[:len(shown)] for tensor in batch[4:]]
+            drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), shown_text, null_text, list(range(len(shown))), 20,
                                     args.image_guidance, args.text_guidance, args.guidance_scale, frames=args.frames)
             rows += [[(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
                      for reference, image, pair, target in zip(references, drawn, shown, targets)]
@@ -279,18 +285,20 @@ def parse_args():
     add, positive, amount = parser.add_argument, dsd.at_least(1), dsd.at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--pairs", type=Path, default=Path("runs/pairs"), help="what curate.py wrote")
-    add("--width", type=positive, help="of a frame in pixels; default: that of the first picture")
-    add("--height", type=positive, help="of a frame in pixels; default: that of the first picture")
+    add("--width", type=positive, help="width of a frame in pixels (default: the first picture's)")
+    add("--height", type=positive, help="height of a frame in pixels (default: the first picture's)")
     add("--steps", type=positive, default=10_000, help="optimiser steps")
     add("--rank", type=positive, default=64, help="rank of the LoRA; the paper's is 512")
     add("--batch_size", type=positive, default=1, help="pairs per step, over all processes")
     add("--accumulate", type=positive, default=1, help="backward passes per step; multiplies the batch size")
     add("--learning_rate", type=amount, default=1e-4, help="learning rate of AdamW, after a warm-up")
-    add("--condition_lr_factor", type=amount, default=5.0, help="learning rate of the condition columns, as a multiple")
+    add("--condition_lr_factor", type=amount, default=5.0, help="the condition columns learn faster by this factor")
     add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains the condition columns alone")
     add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="shift of the noise levels; larger means noisier")
-    add("--condition_dropout", type=amount, default=0.1, help="share of pairs without reference (guidance)")
-    add("--prompt_dropout", type=amount, default=0.1, help="share of pairs without prompt (for guidance)")
+    add("--condition_dropout", type=amount, default=0.1, help="share of the pairs that are trained without their "
+        "reference, half of them also without their prompt; image guidance needs this")
+    add("--prompt_dropout", type=amount, default=0.1, help="share of the pairs that are trained without their prompt, "
+        "half of the former included; text guidance needs this")
     add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
         "(default: what the model's folder says, else the model's own limit)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")
@@ -315,20 +323,19 @@ def prepare(args, processes):
     pairs, held_out = read_pairs(args)
     size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
     args.width, args.height = args.width or size[0], args.height or size[1]
-    width = dsd.check_model(args.model, args.width, args.height)
+    channels = dsd.check_model(args.model, args.width, args.height)
     for wrong, words in (
-            (args.rank > width, f"--rank {args.rank} is above the {width} channels of this model's layers"),
+            (args.rank > channels, f"--rank {args.rank} is above the {channels} channels of this model's layers"),
             (args.batch_size % processes, f"--batch_size must be a multiple of the {processes} processes"),
             (not any(args.frame_weights), "--frame_weights: not both can be 0"),
-            (args.condition_dropout > 1 or args.condition_dropout / 2 + args.prompt_dropout > 1,
+            (max(args.condition_dropout, args.condition_dropout / 2 + args.prompt_dropout) > 1,
              "--condition_dropout and --prompt_dropout are shares of the pairs, such as 0.1")):
         if wrong:
             raise dsd.DsdError(words)
-    settings = args.out / "settings.json"  # a run that goes on keeps the precision that it began with
-    begun = dsd.read_json(settings).get("precision") if settings.exists() else None
+    begun = dsd.read_json(args.out / "settings.json", missing={}).get("precision")  # a run that goes on keeps its own
+    args.precision = begun if args.precision == "auto" and begun else dsd.choose_precision(args.precision, channels)
     for pair in [*pairs, *held_out]:
         pair["cache"] = cache_file(args, pair)
-    args.precision = begun if args.precision == "auto" and begun else dsd.choose_precision(args.precision, width)
     return pairs, held_out
 
 
@@ -337,7 +344,7 @@ def main():
     state = PartialState()
     with state.main_process_first():  # the others find the settings and do not decide for themselves
         pairs, held_out = prepare(args, state.num_processes)
-        lock = dsd.open_out(args, "finetune", changeable=[
+        lock = dsd.open_out(args, "finetune", changeable=[  # noqa: F841; held until the process ends
             "pairs", "steps", "compile", "gradient_checkpointing", "save_every", "validate_every"],
             pairs_sha256=dsd.digest(text=str([pair["cache"].stem for pair in [*pairs, *held_out]])))
     accelerator = Accelerator(mixed_precision=args.precision, cpu=state.device.type == "cpu")
@@ -347,7 +354,7 @@ def main():
                              transformer=None)
     if accelerator.is_main_process:
         dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
-    encode_pairs(pipe, [*pairs, *held_out], args, accelerator)
+    encode_pairs(pipe, [*pairs, *held_out], args)
     null_text = dsd.encode_prompts(pipe, [""])
     pipe.text_encoder = pipe.text_encoder_2 = None
     args.latent_size = args.height // pipe.vae_scale_factor, args.frames * args.width // pipe.vae_scale_factor

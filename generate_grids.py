@@ -25,7 +25,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import FluxPipeline
-from tqdm import tqdm
 
 # The grammar for a model whose folder brings none (FLUX.1). A panel's prompt is one choice from each list.
 GRAMMAR = {
@@ -83,9 +82,9 @@ def file_prompts(path, grammar):
         subject, *phrases = [part.strip() for part in line.split("|")]
         if line in grids:
             print(f"{path}, line {number}: repeats an earlier line and is left out", file=sys.stderr)
-        elif line and (len(phrases) != 4 or not all([subject, *phrases])):
-            raise dsd.DsdError(f"{path}, line {number}: wanted \"subject | setting | setting | setting | setting\"")
         elif line:
+            if len(phrases) != 4 or not all([subject, *phrases]):
+                raise dsd.DsdError(f'{path}, line {number}: wanted "subject | setting | setting | setting | setting"')
             grids[line] = grid_prompt(grammar, "subject", subject, "", phrases)
     if not grids:
         raise dsd.DsdError(f"--prompts {path}: there is no prompt in it")
@@ -147,7 +146,7 @@ def load_llm(args):
 
 def plan(args):
     """Every grid of this run in order, a list of records: what to draw, and with which seed."""
-    seed = args.seed * 1_000_003
+    seed = args.seed * 1_000_003  # far apart: no grid of one --seed is a grid of another
     families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
     listed = file_prompts(args.prompts, args.grammar) if args.prompts else llm_prompts(args) if args.llm else None
     options = {name: getattr(args, name) for name in ("steps", "width", "height", "guidance_scale", "true_cfg_scale")}
@@ -159,7 +158,7 @@ def plan(args):
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 def draw_grids(pipe, grids, args):
-    """A batch of grids by the stock pipeline. Each has its own generator, so the batch size does not change it."""
+    """A batch of grids by the stock pipeline, each with its own generator: the batch size matters to rounding only."""
     pixels = pipe(
         [grid["prompt"] for grid in grids], negative_prompt=[""] * len(grids),
         true_cfg_scale=args.true_cfg_scale, guidance_scale=args.guidance_scale, width=2 * args.width,
@@ -177,7 +176,7 @@ def parse_args():
         help="subject: four new settings; relight: one scene in four lights; both: two to one")
     add("--prompts", help="text file with lines: subject | setting | setting | setting | setting")
     add("--llm", help="chat model (folder or hub name) that invents subjects and settings")
-    add("--batch_size", type=dsd.at_least(1), default=1, help="grids drawn together; affects speed and memory only")
+    add("--batch_size", type=dsd.at_least(1), default=1, help="grids drawn together; affects speed and memory")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of the sampler")
     add("--panel", type=dsd.at_least(1), default=512, help="side of a square panel in pixels")
     add("--width", type=dsd.at_least(1), help="width of a panel that is not square")
@@ -201,23 +200,22 @@ def main():
     dsd.check_model(args.model, args.width, args.height)
     state = PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(args, "generate_grids", changeable=["count", "batch_size", "offload"],
+        lock = dsd.open_out(args, "generate_grids",  # noqa: F841; held until the process ends
+                            changeable=["count", "batch_size", "offload"],
                             prompts=args.prompts and dsd.digest(args.prompts),
                             grammar=dsd.digest(text=json.dumps(args.grammar)))
     grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
-    if main_process := state.is_main_process:
+    if state.is_main_process:
         dsd.write_json(args.out / "grids.jsonl", grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
-    if main_process:
+    if state.is_main_process:
         dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
-    batches = [grids[i:i + args.batch_size] for i in range(0, len(grids), args.batch_size)]
-    share = batches[state.process_index::state.num_processes]
-    for batch in tqdm(share, desc="grids", unit="batch", disable=not main_process):
-        if not all((args.out / grid["file"]).exists() for grid in batch):  # the same batches after an interruption
+    for batch in dsd.batches(grids, args.batch_size, "grids"):
+        if not all((args.out / grid["file"]).exists() for grid in batch):
             for grid, image in zip(batch, draw_grids(pipe, batch, args)):
                 dsd.save_image(image, args.out / grid["file"])
     state.wait_for_everyone()
-    if main_process:
+    if state.is_main_process:
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
         dsd.contact_sheet([cells[i:i + 6] for i in range(0, len(cells), 6)], args.out / "overview.png")
         print(f"{len(grids)} grids in {args.out}, {dsd.memory_in_use()}; look at {args.out / 'overview.png'}")

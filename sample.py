@@ -23,7 +23,6 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import FluxControlPipeline
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 import curate
 
@@ -33,11 +32,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 # ---- references and prompts ------------------------------------------------------------------------------------------
 def find_adapter(args):
     """The adapter: as asked, else this project's own run for the same model, else the one shipped with the model."""
-    own, settings = Path("runs/adapter"), Path("runs/adapter/settings.json")
+    own = Path("runs/adapter")
     if args.adapter:
         return args.adapter
-    if (own / dsd.ADAPTER_FILE).exists() and settings.exists():
-        if dsd.read_json(settings).get("model") == dsd.name_of(args.model):
+    if (own / dsd.ADAPTER_FILE).exists():
+        if dsd.read_json(own / "settings.json", missing={}).get("model") == dsd.name_of(args.model):
             return own
     if not args.shipped_adapter:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
@@ -45,7 +44,7 @@ def find_adapter(args):
 
 
 def find_references(args):
-    """The reference pictures, {name: image of the panel's size}. A folder stands for the pictures in it."""
+    """The reference pictures, {file: image of the picture's size}. A folder stands for the pictures in it."""
     given = args.image or ([Path(args.model) / args.references] if args.references else [])
     files = []
     for path in given:
@@ -63,9 +62,8 @@ def name_subject(prompt, file):
 
 def enhance(args, references):
     """What a vision-language model sees in each reference, {file: details}, to complete the prompts (R)."""
-    path, model, seen = args.out / "details.json", None, {}
-    if path.exists():
-        seen = dsd.read_json(path)
+    path, model = args.out / "details.json", None
+    seen = dsd.read_json(path, missing={})
     for file in references:
         if file not in seen:
             model = model or curate.load_vlm(args.enhance, args.quantize)
@@ -77,7 +75,7 @@ def enhance(args, references):
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
-def draw_batch(pipe, images, prompts, seeds, args):
+def draw_pictures(pipe, images, prompts, seeds, args):
     """Draw B pictures: the subject of each reference image as its prompt says."""
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, args.steps, args.image_guidance,
@@ -101,11 +99,11 @@ def add_drawing_options(parser):
     add("--width", type=dsd.at_least(1), default=512, help="width of the picture in pixels")
     add("--height", type=dsd.at_least(1), default=512, help="height of the picture in pixels")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps")
-    add("--image_guidance", type=amount, default=1.0, help="s_i: how strongly to follow the reference; 1 costs nothing")
-    add("--text_guidance", type=amount, default=1.0, help="s_t: how strongly to follow the prompt; 1 costs nothing")
+    add("--image_guidance", type=amount, default=1.0, help="s_i: how strongly to follow the reference; 1 is off")
+    add("--text_guidance", type=amount, default=1.0, help="s_t: how strongly to follow the prompt; 1 is off")
     add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
     add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without image and text guidance")
-    add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory only")
+    add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory")
     parser.add_large_model_options()
 
 
@@ -118,7 +116,7 @@ def parse_args():
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
     add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
-    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="one or more")
+    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="of the noise; a picture for each")
     add_drawing_options(parser)
     parser.set_defaults(prompts=[], references="", shipped_adapter="")
     adapter = find_adapter(parser.parse("sample"))
@@ -136,7 +134,7 @@ def main():
     dsd.check_model(args.model, args.width, args.height)
     references, state = find_references(args), PartialState()
     with state.main_process_first():  # the others find what the --enhance model saw
-        lock = dsd.open_out(args, "sample", changeable=["batch_size", "offload"],
+        lock = dsd.open_out(args, "sample", changeable=["batch_size", "offload"],  # noqa: F841; held until the end
                             adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
                             image={file: dsd.digest(file) for file in references})
         details = enhance(args, references) if args.enhance else {}
@@ -147,13 +145,10 @@ def main():
     paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
     if state.is_main_process:
         dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
-
-    parts = [slice(i, i + args.batch_size) for i in range(0, len(cases), args.batch_size)]
-    share = parts[state.process_index::state.num_processes]
-    for part in tqdm(share, desc="sample", unit="batch", disable=not state.is_main_process):
-        if not all(path.exists() for path in paths[part]):  # the same batches after an interruption
-            images, texts, seeds = zip(*[(references[c["image"]], c["text"], c["seed"]) for c in cases[part]])
-            for image, path, case in zip(draw_batch(pipe, images, texts, seeds, args), paths[part], cases[part]):
+    for batch in dsd.batches(list(zip(cases, paths)), args.batch_size, "sample"):
+        if not all(path.exists() for _, path in batch):
+            images, texts, seeds = zip(*[(references[c["image"]], c["text"], c["seed"]) for c, _ in batch])
+            for image, (case, path) in zip(draw_pictures(pipe, images, texts, seeds, args), batch):
                 save_with_settings(image, path, case, args)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -143,7 +143,7 @@ def sampling_rows(args, rate, work):
 
     def ours(s_i, s_t):
         chosen.image_guidance, chosen.text_guidance = s_i, s_t
-        sample.draw_batch(pipe, images, [PROMPT] * n, list(range(n)), chosen)
+        sample.draw_pictures(pipe, images, [PROMPT] * n, list(range(n)), chosen)
 
     def stock():
         pipe([PROMPT] * n, control_image=canvases, height=args.panel, width=2 * args.panel,
@@ -168,7 +168,7 @@ def training_row(args, precision, rate, work):
     pairs, _ = finetune.prepare(chosen, 1)
     accelerator = Accelerator(mixed_precision=precision, cpu=chosen.device == "cpu")
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
-    finetune.encode_pairs(pipe, pairs, chosen, accelerator)
+    finetune.encode_pairs(pipe, pairs, chosen)
     null_text = dsd.encode_prompts(pipe, [""])
     chosen.latent_size = chosen.height // pipe.vae_scale_factor, 2 * chosen.width // pipe.vae_scale_factor
 

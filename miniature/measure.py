@@ -211,7 +211,7 @@ def measure_moved(args):
         drawn = []
         for i in tqdm(range(0, args.count, 16), desc=name):
             seeds = range(i, min(i + 16, args.count))
-            drawn += sample.draw_batch(pipe, images[i:i + 16], prompts[i:i + 16], seeds, options)
+            drawn += sample.draw_pictures(pipe, images[i:i + 16], prompts[i:i + 16], seeds, options)
         kept = (seen_by(judge, drawn)[:, :7] == identity).double()  # (count, 7)
         result[name] = {"cp": evaluate.bootstrap(kept.mean(1).tolist(), list(range(args.count))),
                         "all kept": kept.all(1).double().mean().item(), "main colour": kept[:, 2].mean().item()}

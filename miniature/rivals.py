@@ -133,7 +133,7 @@ def main():
     lock = dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)  # noqa: F841; held until the end
     pipe = dsd.load_pipeline(FluxPipeline, args.model, dtype=torch.float32)
     pipe.tokenizer_2.model_max_length = args.prompt_tokens or dsd.folder_settings(args.model)["canvas_prompt_tokens"]
-    finetune.encode_pairs(pipe, [*pairs, *held_out], args, PartialState())
+    finetune.encode_pairs(pipe, [*pairs, *held_out], args)
     args.latent_size = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
     rival = load(kind, pipe.transformer, args)
     log = train(rival.train(), pairs, dsd.encode_prompts(pipe, [""]), args)

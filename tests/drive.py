@@ -44,7 +44,7 @@ from accelerate import PartialState  # noqa: E402
 
 for script in ("evaluate", "ablations", "benchmark", "computed", "measure", "pretrain"):
     importlib.import_module(script)
-BATCHES = {generate_grids: "draw_grids", curate: "curate_batch", finetune: "draw_batch", sample: "draw_batch"}
+BATCHES = {generate_grids: "draw_grids", curate: "curate_batch", finetune: "draw_batch", sample: "draw_pictures"}
 
 
 def count(module, name, counts):

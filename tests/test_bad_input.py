@@ -212,7 +212,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
     *((script, ["--model", "nan"], ["not finite", "check the weights"]) for script in (generate_grids, sample)),
     (generate_grids, ["--model", "no_json"], ["no_json/dsd.json: not a JSON file"]),
     (generate_grids, ["--model", "many"], ["--panel", "many"]), (generate_grids, ["--model", "list"], ["dsd.json"]),
-    (generate_grids, ["--model", "nested"], ["dsd.json"]),
+    (generate_grids, ["--model", "nested"], ["--panel"]),
     *((generate_grids, ["--llm", name], [f"--llm {name}", "not a chat model"]) for name in ("empty", VLM, FLUX)),
     (curate, ["--vlm", "nowhere"], ["no model folder nowhere"]), (generate_grids, ["--llm", "nowhere"], ["nowhere"]),
     *((curate, ["--vlm", name], [f"cannot load {name} as a vision-language model"])
@@ -421,7 +421,7 @@ def test_nan_stops_at_its_step_and_keeps_the_checkpoint(run, tmp_path, call):
         tensors = load_file(file)
         save_file(tensors | {"x_0": tensors["x_0"] * torch.nan}, file)
     for _ in range(2):
-        check(*call(*run, "--steps", 4)[::2], ["not a number at step 2", "checkpoint is kept", "--learning_rate"])
+        check(*call(*run, "--steps", 4)[::2], ["not finite at step 2", "checkpoint is kept", "--learning_rate"])
         assert all(file.read_bytes() == data for file, data in kept.items())
 
 

@@ -49,8 +49,8 @@ def test_curate_asks_about_every_pair_and_keeps_the_transcripts(chain):
         assert dsd.open_image(folder / f"images/000002_{k}.png").tobytes() == panel.tobytes()
     assert len(pictures(folder / "images")) == 24
     summary, accepted = dsd.read_json(folder / "summary.json"), sum(r["verdict"] == "yes" for r in records)
-    assert (summary["asked"], summary["yes"]) == (36, accepted)
-    assert sum(family["asked"] for family in summary["by_family"].values()) == 36
+    assert (summary["pairs"], summary["yes"]) == (36, accepted)
+    assert sum(family["pairs"] for family in summary["by_family"].values()) == 36
     assert len(dsd.read_records(folder / "metadata.jsonl")) == summary["training_pairs"] <= 2 * accepted
 
 

@@ -147,7 +147,7 @@ def test_pairs_are_held_out_by_whole_grids(pairs, tmp_path, wanted, grids):
 @pytest.mark.parametrize("frames", [2, 1])
 def test_the_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs, tmp_path, frames):
     args, records, _ = arguments(pairs, tmp_path, frames=frames)
-    finetune.encode_pairs(pipe, records, args, process())
+    finetune.encode_pairs(pipe, records, args)
     x_0, condition, (embeds, pooled) = finetune.read_cache(records)
     reference, target = (dsd.to_pixels([dsd.open_image(pairs / r[f"{side}_file_name"]) for r in records])
                          for side in ("reference", "target"))
@@ -164,7 +164,7 @@ def test_the_cache_holds_both_canvases_and_the_prompt_of_every_pair(pipe, pairs,
 def test_a_batch_is_drawn_alike_however_many_processes_share_it(pipe, pairs, tmp_path):
     """And dropout, noise and noise levels with it; half of the dropped references drop the prompt too."""
     args, records, _ = arguments(pairs, tmp_path, batch_size=30, condition_dropout=.5, prompt_dropout=.5)
-    finetune.encode_pairs(pipe, records, args, process())
+    finetune.encode_pairs(pipe, records, args)
     null_text = dsd.encode_prompts(pipe, [""])
 
     def draw(index, count, seed=5):
@@ -344,7 +344,7 @@ def test_accepted_pairs_become_training_pairs_in_both_orders(curated, run, flux,
         assert r["prompt"].startswith("caption") and r["family"] in ("subject", "relight")
         assert (folder / r["reference_file_name"]).exists() and (folder / r["target_file_name"]).exists()
     summary = dsd.read_json(folder / "summary.json")
-    counted = {"asked": 36, "yes": 6, "no": 18, "truncated": 6, "unparsable": 6, "training_pairs": 12}
+    counted = {"pairs": 36, "yes": 6, "no": 18, "truncated": 6, "unparsable": 6, "training_pairs": 12}
     assert summary.items() >= counted.items()
     assert summary["accept_rate"] == pytest.approx(1 / 6, abs=1e-3)
     assert (folder / "accepted.png").exists() and (folder / "rejected.png").exists()
