@@ -125,7 +125,8 @@ def run_row(row, cases, args):
             pipe, options = loaded = loaded or load(row, args)
             begun = time.time()
             for image, file in zip(row.draw(pipe, some, options), files):
-                dsd.save_image(image, file)
+                if not file.exists():  # with more --references a batch may begin with pictures that are there
+                    dsd.save_image(image, file)
             seconds = (time.time() - begun) / len(files)
         records = exams.score(*args.scorer, some, [dsd.open_image(file) for file in files])
         for case, file, record in zip(some, files, records):

@@ -213,7 +213,8 @@ def main():
     for batch in dsd.batches(grids, args.batch_size, "grids"):
         if not all((args.out / grid["file"]).exists() for grid in batch):
             for grid, image in zip(batch, draw_grids(pipe, batch, args)):
-                dsd.save_image(image, args.out / grid["file"])
+                if not (args.out / grid["file"]).exists():  # with a larger --count a batch may begin with old grids
+                    dsd.save_image(image, args.out / grid["file"])
     state.wait_for_everyone()
     if state.is_main_process:
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
