@@ -181,10 +181,10 @@ def transcript(number, grid, args):
         return found["pairs"]
 
 
-def is_done(batch, args):
-    """Whether all pairs of some grids {number: grid} have been asked about, and the accepted ones captioned."""
-    found = [transcript(n, grid, args) for n, grid in batch.items()]
-    return all(found) and all(r["captions"] for records in found for r in records if r["verdict"] == "yes")
+def is_done(number, grid, args):
+    """Whether all pairs of a grid have been asked about, and the accepted ones captioned."""
+    records = transcript(number, grid, args)
+    return bool(records) and all(r["captions"] for r in records if r["verdict"] == "yes")
 
 
 def curate_batch(batch, model, args):
@@ -269,9 +269,10 @@ def main():
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
         lock = dsd.open_out(args, "curate",  # noqa: F841; held until the process ends
                             changeable=["grids", "batch_size", "seed"])
-    model = None if is_done(grids, args) else load_vlm(args.vlm, args.quantize)
+    missing = {n for n, grid in grids.items() if not is_done(n, grid, args)}
+    model = load_vlm(args.vlm, args.quantize) if missing else None
     for batch in dsd.batches(list(grids.items()), max(args.batch_size // 6, 1), "curate"):  # a 2x2 grid has six pairs
-        if not is_done(dict(batch), args):
+        if missing & dict(batch).keys():
             curate_batch(dict(batch), model, args)
     state.wait_for_everyone()
     if not state.is_main_process:

@@ -452,9 +452,11 @@ class Parser(argparse.ArgumentParser):
         folder = first.parse_known_args()[0].folder
         with explained(f"{folder}/dsd.json: \"{step}\" must hold values of options; restore the model's folder"):
             more = dict(folder_settings(folder).get(step, {}) if folder else {}) | more
-        self.set_defaults(**more | {  # as text, which argparse checks as it checks flags
-            option.dest: str(more[option.dest]) for option in self._actions
-            if option.type and not option.nargs and more.get(option.dest) is not None})
+            typed = [option.dest for option in self._actions if option.type and not option.nargs]
+            if odd := [name for name in typed if isinstance(more.get(name), (list, dict))]:
+                raise ValueError(f"{odd[0]} is not one value")
+        texts = {name: str(more[name]) for name in typed if more.get(name) is not None}  # argparse checks texts only
+        self.set_defaults(**more | texts)
         args = self.parse_args()
         if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")

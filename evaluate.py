@@ -184,20 +184,24 @@ def draw_scatter(results, keys, path):
     """Left: CP against PF; grey lines join points of the same product. Right: this product for each row, over all cases
     and by what is asked of the pose. Bars are 95 % intervals. keys: the names of CP, PF and the product."""
     left, right = (figure := Figure(figsize=(13, 2 + 0.35 * len(results)), layout="constrained")).subplots(1, 2)
-    for product in range(1, 10):
-        left.plot(torch.linspace(0.02, 1, 99), product / 10 / torch.linspace(0.02, 1, 99), color="0.9", zorder=0)
-    for k, (name, result) in enumerate(results.items()):
-        def bar(key):  # a mean, and how far its interval reaches below and above it
-            mean, low, high = result["subject"].get(key) or [float("nan")] * 3
-            return mean, [[mean - low], [high - mean]]
-        (cp, cp_ends), (pf, pf_ends) = bar(keys[0]), bar(keys[1])
+    x = torch.linspace(0.02, 1, 100)
+    for product in torch.arange(0.1, 1, 0.1):
+        left.plot(x, product / x, color="0.9", zorder=0)
+
+    def bar(result, key):  # a mean, and how far its interval reaches below and above it
+        mean, low, high = result["subject"].get(key) or [float("nan")] * 3
+        return mean, [[mean - low], [high - mean]]
+
+    for k, result in enumerate(results.values()):
+        (cp, cp_ends), (pf, pf_ends) = bar(result, keys[0]), bar(result, keys[1])
         left.errorbar(pf, cp, cp_ends, pf_ends, color=f"C{k % 10}", fmt="osD^v"[k // 10 % 5])
         for j, (case, mark) in enumerate({"": "ko", "_same pose": "C0s", "_moved": "C1D", "_turned": "C2^"}.items()):
-            mean, ends = bar(keys[2] + case)
+            mean, ends = bar(result, keys[2] + case)
             right.errorbar(mean, k + 0.2 * j - 0.3, xerr=ends, fmt=mark, markersize=4, label=case[1:] or "all cases")
     right.legend(handles=right.containers[:4], loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     left.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.05))
-    right.set(xlabel="CP x PF", xlim=(0, 1.02), yticks=range(len(results)), yticklabels=results, ylim=(len(results), -1))
+    right.set(xlabel="CP x PF", xlim=(0, 1.02), ylim=(len(results), -1))
+    right.set_yticks(range(len(results)), results)
     for k, label in enumerate(right.get_yticklabels()):  # the colours of the left half
         label.set_color(f"C{k % 10}")
     with dsd.writing(path) as part:

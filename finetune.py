@@ -211,7 +211,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="finetune", disable=not main_process)
     for step in bar:
         begun = time.time()
-        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # this step's own
+        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # see draw_batch
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
             with attention(args):
@@ -296,9 +296,9 @@ def parse_args():
     add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains the condition columns alone")
     add("--shift", type=dsd.at_least(1e-9, float), default=3.0, help="shift of the noise levels; larger means noisier")
     add("--condition_dropout", type=amount, default=0.1, help="share of the pairs that are trained without their "
-        "reference, half of them also without their prompt; image guidance needs this")
+        "reference; up to half of them lose their prompt too. Image guidance needs this")
     add("--prompt_dropout", type=amount, default=0.1, help="share of the pairs that are trained without their prompt, "
-        "half of the former included; text guidance needs this")
+        "with or without their reference. Text guidance needs this")
     add("--prompt_tokens", type=positive, help="T5 tokens of a prompt; 128 hold any caption and save time and disk "
         "(default: what the model's folder says, else the model's own limit)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 trains on frame 2 alone")

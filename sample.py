@@ -44,7 +44,7 @@ def find_adapter(args):
 
 
 def find_references(args):
-    """The reference pictures, {file: image of the picture's size}. A folder stands for the pictures in it."""
+    """The reference pictures, {file: image of the size that is drawn}. A folder stands for the pictures in it."""
     given = args.image or ([Path(args.model) / args.references] if args.references else [])
     files = []
     for path in given:
@@ -116,7 +116,7 @@ def parse_args():
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
     add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
-    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="of the noise; a picture for each")
+    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="seeds of the noise; each gives a picture")
     add_drawing_options(parser)
     parser.set_defaults(prompts=[], references="", shipped_adapter="")
     adapter = find_adapter(parser.parse("sample"))

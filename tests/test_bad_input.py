@@ -212,7 +212,7 @@ CASES = [  # script, arguments after those above, words that the line must hold
     *((script, ["--model", "nan"], ["not finite", "check the weights"]) for script in (generate_grids, sample)),
     (generate_grids, ["--model", "no_json"], ["no_json/dsd.json: not a JSON file"]),
     (generate_grids, ["--model", "many"], ["--panel", "many"]), (generate_grids, ["--model", "list"], ["dsd.json"]),
-    (generate_grids, ["--model", "nested"], ["--panel"]),
+    (generate_grids, ["--model", "nested"], ["dsd.json"]),
     *((generate_grids, ["--llm", name], [f"--llm {name}", "not a chat model"]) for name in ("empty", VLM, FLUX)),
     (curate, ["--vlm", "nowhere"], ["no model folder nowhere"]), (generate_grids, ["--llm", "nowhere"], ["nowhere"]),
     *((curate, ["--vlm", name], [f"cannot load {name} as a vision-language model"])

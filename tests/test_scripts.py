@@ -133,8 +133,7 @@ def arguments(pairs, out, **changes):
 
 def process(index=0, count=1):
     """One of several processes, as far as finetune.py's functions look at it."""
-    return types.SimpleNamespace(device="cpu", process_index=index, num_processes=count, is_main_process=True,
-                                 wait_for_everyone=lambda: None)
+    return types.SimpleNamespace(device="cpu", process_index=index, num_processes=count)
 
 
 @pytest.mark.parametrize("wanted, grids", [(0, 0), (1, 1), (4, 1)])  # of four grids at most a quarter
