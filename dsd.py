@@ -10,15 +10,11 @@ packed: one token holds 2x2 latent pixels of 16 channels, so x has the shape (B,
 the reference image (as condition tokens) and `T` the prompt (as text embeddings).
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning (miniature/README.md,
-# "How fast"). OpenMP reads this when torch is imported, so every script imports dsd first.
-
 import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import textwrap
@@ -36,10 +32,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-for library in (diffusers, transformers):  # before the imports below, some of which print notices
+for library in (diffusers, transformers):  # Some of the imports below print notices, so scripts import dsd first.
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # under autocast norms are in float32
@@ -313,29 +308,10 @@ def load_released_transformer(transformer, folder):
 # ======================================================================================================================
 
 # ---- devices and models ----------------------------------------------------------------------------------------------
-def bfloat16_gain(width):
-    """How many times faster this CPU multiplies matrices in bfloat16 than in float32: about 2 natively, else 0.01."""
-    def seconds(dtype):
-        matrices = {"a": torch.ones(64, width, dtype=dtype), "b": torch.ones(width, 4 * width, dtype=dtype)}
-        return Timer("a @ b", globals=matrices).blocked_autorange(min_run_time=0.05).median
-    return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
 def weight_dtype():
     """The number format that models are loaded in: bfloat16 on a GPU that has it natively, else float32."""
     native = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
-
-
-def choose_precision(precision, width):
-    """--precision as accelerate calls it, "bf16" or "no" (float32); for "auto" what is faster on this device."""
-    if PartialState().device.type == "cuda":
-        return {"auto": "bf16" if weight_dtype() == torch.bfloat16 else "no"}.get(precision, precision)
-    gain = 1 if precision == "no" else bfloat16_gain(min(width, 256))
-    if precision == "bf16" and gain < 1:
-        print(f"--precision bf16: this CPU emulates bfloat16; its matrix products take {1 / gain:.0f} times as long as "
-              "with --precision no", file=sys.stderr)
-    return {"auto": "bf16" if gain > 1.3 else "no"}.get(precision, precision)
 
 
 def memory_in_use():

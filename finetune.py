@@ -22,7 +22,6 @@ paper is silent, and "*" our own choices.
 
 import dsd  # first: see its head
 
-import contextlib
 import math
 import random
 import shutil
@@ -36,7 +35,6 @@ from diffusers import FluxControlPipeline
 from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 
@@ -139,12 +137,6 @@ def batch_losses(model, batch, args):
     return torch.stack(dsd.two_frame_loss(v_pred, dsd.velocity(x_0, eps), h, w, args.frame_weights))
 
 
-def attention(args):
-    """* On a CPU in bfloat16 plain attention has the faster backward pass, so it is used there."""
-    plain = args.precision == "bf16" and PartialState().device.type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-
-
 def learning_rate_share(step, steps, warmup=20):
     """* Linear warm-up, a plateau, linear decay over the last 40 % (the paper's rate is constant)."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (0.4 * steps))
@@ -214,9 +206,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # see draw_batch
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
-            with attention(args):
-                parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
-                accelerator.backward(parts[0])
+            parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
+            accelerator.backward(parts[0])
             losses = losses + parts.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         losses = accelerator.reduce(losses, "mean").tolist()
@@ -309,7 +300,8 @@ def parse_args():
     add("--text_guidance", type=amount, default=1.0, help="default s_t when sampling with this adapter")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks: it takes a minute, then steps are faster")
-    add("--precision", choices=["auto", "bf16", "no"], default="auto", help="auto: whichever is faster on this device")
+    add("--precision", choices=["bf16", "no"], help="bf16 computes in mixed precision, no in float32 (default: bf16 on "
+        "a GPU that has it natively, else no)")
     add("--validation_grids", type=dsd.at_least(0), default=4, help="grids held out of training, at most a quarter")
     add("--validate_every", type=positive, default=500, help="steps between validations on these grids")
     add("--save_every", type=positive, default=250, help="steps between checkpoints")
@@ -332,8 +324,7 @@ def prepare(args, processes):
              "--condition_dropout and --prompt_dropout are shares of the pairs, such as 0.1")):
         if wrong:
             raise dsd.DsdError(words)
-    begun = dsd.read_json(args.out / "settings.json", missing={}).get("precision")  # a run that goes on keeps its own
-    args.precision = begun if args.precision == "auto" and begun else dsd.choose_precision(args.precision, channels)
+    args.precision = args.precision or ("bf16" if dsd.weight_dtype() == torch.bfloat16 else "no")
     for pair in [*pairs, *held_out]:
         pair["cache"] = cache_file(args, pair)
     return pairs, held_out

@@ -12,7 +12,7 @@ The limit is the arithmetic in the row (matrix products, convolutions, attention
 measured rate of a large matrix product in the same number format. Speed and memory do not depend on what the weights
 are, so random ones of the right size will do.
 
-Training is timed in float32 and in bfloat16, the latter only where the machine has it natively (or with --emulated).
+Training is timed in the number format that finetune.py takes on this machine; --bfloat16 adds the other on a CPU.
 Prints a table and writes it as JSON to --out.
 """
 
@@ -180,9 +180,8 @@ def training_row(args, precision, rate, work):
         parameters, optimizer = finetune.make_optimizer(student := finetune.load_student(chosen), chosen)
         model, optimizer = accelerator.prepare(student, optimizer, device_placement=[False, True])
 
-        def step(batch, attention):
-            with attention():
-                accelerator.backward(finetune.batch_losses(model, batch(), chosen)[0])
+        def step(batch):
+            accelerator.backward(finetune.batch_losses(model, batch(), chosen)[0])
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -202,10 +201,10 @@ def training_row(args, precision, rate, work):
         return [x_0, torch.randn_like(x_0), sigma, condition, *text]
 
     plain = stepper(False)
-    operations = arithmetic(lambda: plain(cached, nullcontext))
+    operations = arithmetic(lambda: plain(cached))
     ours = stepper(True) if args.compile else plain  # at FLUX.1's size there is no room for two
-    return row(f"a training sample, {NAMES[precision]}", lambda: ours(cached, lambda: finetune.attention(chosen)),
-               lambda: plain(encoded, nullcontext), len(pairs), rate, 5 * args.repeat, operations)
+    return row(f"a training sample, {NAMES[precision]}", lambda: ours(cached), lambda: plain(encoded), len(pairs), rate,
+               5 * args.repeat, operations)
 
 
 def make_pairs(folder, side, count):
@@ -243,7 +242,7 @@ def parse_args():
     add("--batch_size", type=dsd.at_least(1), help="samples in a training step (default: the model's own)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the transformer's blocks for training")
-    add("--emulated", action="store_true", help="train in bfloat16 although the machine emulates it")
+    add("--bfloat16", action="store_true", help="on a CPU, time the training in bfloat16 as well")
     add("--rows", nargs="+", choices=steps, default=steps, help="what to measure")
     add("--repeat", type=dsd.at_least(1), default=2, help="runs, of which the fastest counts")
     add("--product", type=dsd.at_least(1), default=2048, help="side of the matrices whose product is the limit")
@@ -263,10 +262,10 @@ def main():
     elif not args.model:
         args.model, args.vlm = dsd.MINIATURE / "flux", args.vlm or dsd.MINIATURE / "vlm"
     args.panel = args.panel or options(args, generate_grids).panel
-    precisions = [dsd.choose_precision("auto", dsd.check_model(args.model, args.panel))]
-    precisions += ["no"] if precisions == ["bf16"] and not gpu else ["bf16"] if args.emulated and not gpu else []
+    dsd.check_model(args.model, args.panel)
     torch.manual_seed(0)
     stored = str(dsd.weight_dtype()).removeprefix("torch.")  # the number format of drawing
+    precisions = ["bf16" if stored == "bfloat16" else "no", *(["bf16"] if args.bfloat16 and not gpu else [])]
     side = args.product * (4 if gpu else 1)
     rates = {name: product_rate(getattr(torch, name), side) for name in {stored, *(NAMES[p] for p in precisions)}}
     trainings = precisions if "training" in args.rows else []

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the lessons need no network
 
-import dsd  # noqa: E402  # before torch: see its head
+import dsd  # noqa: E402; first: see its head
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402

@@ -171,21 +171,6 @@ def test_a_number_out_of_range_is_refused_in_a_flag_and_in_the_models_folder(tex
         dsd.at_least(1, float)(text if text != "1.5" else ".5")
 
 
-@pytest.mark.parametrize("precision, gain, device, wanted", [
-    ("auto", 2, "cpu", "bf16"), ("auto", 1.1, "cpu", "no"), ("auto", .01, "cpu", "no"), ("no", 2, "cpu", "no"),
-    ("bf16", 2, "cpu", "bf16"), ("bf16", .01, "cpu", "bf16"), ("auto", "native", "cuda", "bf16"),
-    ("auto", "emulated", "cuda", "no"), ("bf16", "emulated", "cuda", "bf16"), ("no", "native", "cuda", "no")])
-def test_the_precision_is_what_the_device_is_faster_at_unless_it_is_given(precision, gain, device, wanted, monkeypatch,
-                                                                          capsys):
-    state = argparse.Namespace(device=torch.device(device))
-    monkeypatch.setattr(dsd, "PartialState", lambda: state)
-    monkeypatch.setattr(dsd, "bfloat16_gain", lambda width: gain)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gain == "native")
-    assert dsd.choose_precision(precision, 192) == wanted
-    said = capsys.readouterr().err
-    assert said.count("\n") == ("100 times" in said) == (precision == "bf16" and gain == .01)
-
-
 # ---- errors and files ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("error, code, said", [
     (dsd.DsdError("no adapter;\ntrain one"), 2, "\nerror: no adapter; train one\n"),

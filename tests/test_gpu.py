@@ -46,14 +46,12 @@ def test_what_needs_a_gpu_is_refused_before_a_download(module, options, flux, pa
 
 
 # ---- number formats --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("native, asked, dtype, chosen", [
-    (True, "auto", torch.bfloat16, "bf16"), (True, "no", torch.bfloat16, "no"), (True, "bf16", torch.bfloat16, "bf16"),
-    (False, "auto", torch.float32, "no"), (False, "no", torch.float32, "no"), (False, "bf16", torch.float32, "bf16")])
-def test_a_card_computes_in_what_it_has_natively(native, asked, dtype, chosen, monkeypatch):
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_card_computes_in_what_it_has_natively(native, dtype, monkeypatch):
     """A T4 or a V100 emulates bfloat16, which torch counts as support unless it is asked not to."""
     monkeypatch.setattr(dsd, "PartialState", lambda: types.SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert dsd.weight_dtype() == dtype and dsd.choose_precision(asked, 3072) == chosen
+    assert dsd.weight_dtype() == dtype
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -108,14 +108,11 @@ def test_another_picture_behind_the_same_record_makes_another_run(pairs, flux, t
     assert len(one) == len(two) == 8 and len(one & two) == 6
 
 
-def test_a_resumed_run_keeps_its_own_precision(pairs, flux, tmp_path, run, monkeypatch):
-    train = "finetune", "--model", flux, "--pairs", pairs, "--rank", 4, "--batch_size", 1, "--validation_grids", 0
-    for gain, steps, out, wanted in ((.01, 1, "slow", "no"), (9, 2, "slow", "no"), (9, 1, "fast", "bf16"),
-                                     (.01, 1, "fast", "bf16")):
-        monkeypatch.setattr(dsd, "bfloat16_gain", lambda width: gain)
-        run(*train, "--steps", steps, "--out", tmp_path / out)
-        assert dsd.read_json(tmp_path / out / "settings.json")["precision"] == wanted
-    assert len(dsd.read_records(tmp_path / "slow" / "log.jsonl")) == 2
+@pytest.mark.parametrize("flags, precision", [([], "no"), (["--precision", "bf16"], "bf16")])
+def test_a_cpu_trains_in_float32_unless_it_is_told_otherwise(flags, precision, pairs, flux, tmp_path, run):
+    run("finetune", "--model", flux, "--pairs", pairs, "--rank", 4, "--batch_size", 1, "--validation_grids", 0, "--steps",
+        1, "--device", "cpu", "--out", tmp_path, *flags)
+    assert dsd.read_json(tmp_path / "settings.json")["precision"] == precision
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
