@@ -136,7 +136,7 @@ def test_two_processes_write_what_one_writes_and_share_the_work(chain, commands,
     steps = [[script, *commands[script]] for script in ("generate_grids", "curate", "sample", "finetune")]
     steps[-1] += ["--out", "two"]  # the last one, since it ends what connects the processes
     counts = drive(tmp_path, steps, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                   "--main_process_port", "0")
+                   "--main_process_port", "0", OMP_WAIT_POLICY="PASSIVE")  # twice the threads: they had better sleep
     assert written(tmp_path / "runs") == written(chain[0] / "runs")
     assert counts == [{"generate_grids": 2, "curate": 2, "finetune": 6, "sample": 1},
                       {"generate_grids": 1, "curate": 1, "finetune": 6, "sample": 1}]
