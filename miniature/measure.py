@@ -7,7 +7,8 @@ judge    share of right answers for each attribute of a panel, as rendered, and 
 vlm      verdicts on rendered pairs, asked by curate.py's own code in its own words; half of the pairs show one critter,
          half two that differ in one or two attributes; and the answers to the two scoring questions of evaluate.py
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
-         and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure
+         and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure; and
+         how often a second judge's verdict is
 moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side
          of it, or in a named pose; what is asked for always stands
 seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter
@@ -169,6 +170,8 @@ def measure_teacher(args):
         sureness = judge.sureness([panel for four in some for panel in four]).view(-1, 4)
         sure = torch.stack([sureness[n, [i, j]].amin() >= SURE for n, i, j in cases])
         result["judge_is_sure"] = share(sure)
+        witness = seen_by(exams.Judge(args.witness), [panel for four in some for panel in four]).view(len(some), 4, -1)
+        differing_too = torch.stack([(witness[n, i, :7] != witness[n, j, :7]).sum() for n, i, j in cases])
         for tolerance in (0, 1):
             said = torch.tensor([curate.parse(a, tolerance)[0] == "yes" for a in answers])
             truth = differing.flatten()[:len(cases)] <= tolerance
@@ -176,7 +179,8 @@ def measure_teacher(args):
                 "pairs": len(cases), "agrees": share(said == truth), "accepted": share(said),
                 "judge_accepts": share(truth),
                 "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
-                "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None}
+                "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None,
+                "judge_agrees_with_witness": share(truth == (differing_too <= tolerance))}
     for key, value in result.items():
         print(f"{key}: {value}")
     return result
@@ -337,6 +341,8 @@ def main():
     parser.add_argument("--vlm", default=str(HERE / "vlm"), help='"" measures the teacher without it')
     parser.add_argument("--model", default=str(HERE / "flux"), help="the teacher's folder")
     parser.add_argument("--judge", default=str(HERE / "judge"))
+    parser.add_argument("--witness", default=str(HERE / "witness"), help="teacher: a second judge; a VLM cannot "
+                        "be expected to agree with the first more than this one does")
     parser.add_argument("--adapter", default=str(HERE / "adapter"), help="moved, seen: the adapter's folder")
     parser.add_argument("--pairs", type=Path, default=Path("runs/pairs"), help="seen: what the adapter was trained on")
     parser.add_argument("--count", type=int, default=600, help="panels, pairs or grids")
