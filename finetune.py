@@ -300,8 +300,8 @@ def parse_args():
     add("--text_guidance", type=amount, default=1.0, help="default s_t when sampling with this adapter")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks: it takes a minute, then steps are faster")
-    add("--precision", choices=["bf16", "no"], help="bf16 computes in mixed precision, no in float32 (default: bf16 on "
-        "a GPU that has it natively, else no)")
+    add("--precision", choices=["bf16", "no"], help="bf16: mixed precision; no: all in float32 (default: bf16 on a "
+        "GPU that has it natively, else no)")
     add("--validation_grids", type=dsd.at_least(0), default=4, help="grids held out of training, at most a quarter")
     add("--validate_every", type=positive, default=500, help="steps between validations on these grids")
     add("--save_every", type=positive, default=250, help="steps between checkpoints")

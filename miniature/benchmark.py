@@ -265,7 +265,7 @@ def main():
     dsd.check_model(args.model, args.panel)
     torch.manual_seed(0)
     stored = str(dsd.weight_dtype()).removeprefix("torch.")  # the number format of drawing
-    precisions = ["bf16" if stored == "bfloat16" else "no", *(["bf16"] if args.bfloat16 and not gpu else [])]
+    precisions = [name for name in NAMES if NAMES[name] == stored] + ["bf16"] * (args.bfloat16 and not gpu)
     side = args.product * (4 if gpu else 1)
     rates = {name: product_rate(getattr(torch, name), side) for name in {stored, *(NAMES[p] for p in precisions)}}
     trainings = precisions if "training" in args.rows else []

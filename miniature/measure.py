@@ -142,7 +142,11 @@ def measure_teacher(args):
     asked = torch.tensor([[asked_context(p) for p in grid["panel_prompts"]] for grid in grids])
     named = torch.tensor([[named_identity(p) for p in grid["panel_prompts"]] for grid in grids])
     pairs = list(itertools.combinations(range(4), 2))
-    equal = torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)  # (count, 6, 7)
+
+    def compare(seen):  # which of the seven attributes are equal in each pair of panels: (grids, 6, 7)
+        return torch.stack([seen[:, i, :7] == seen[:, j, :7] for i, j in pairs], 1)
+
+    equal = compare(seen)
     share = lambda x: round(x.float().mean().item(), 4)  # noqa: E731
     differing = (~equal).sum(2)
     agree = lambda pairs: {  # noqa: E731; of some pairs, a mask (count, 6)
@@ -165,13 +169,13 @@ def measure_teacher(args):
             result[f"pairs_equal, {name}"] = {"pairs": int(mask.sum())} | agree(mask)
     if args.vlm:
         some = panels[:170]
+        shown = [panel for four in some for panel in four]
         model, cases = curate.load_vlm(args.vlm), [(n, i, j) for n in range(len(some)) for i, j in pairs]
         answers = curate.ask(*model, [[panels[n][i], panels[n][j]] for n, i, j in cases], curate.PAIR_QUESTION, 64, 200)
-        sureness = judge.sureness([panel for four in some for panel in four]).view(-1, 4)
+        sureness = judge.sureness(shown).view(-1, 4)
         sure = torch.stack([sureness[n, [i, j]].amin() >= SURE for n, i, j in cases])
         result["judge_is_sure"] = share(sure)
-        witness = seen_by(exams.Judge(args.witness), [panel for four in some for panel in four]).view(len(some), 4, -1)
-        differing_too = torch.stack([(witness[n, i, :7] != witness[n, j, :7]).sum() for n, i, j in cases])
+        equal_too = compare(seen_by(exams.Judge(args.witness), shown).view(len(some), 4, -1))
         for tolerance in (0, 1):
             said = torch.tensor([curate.parse(a, tolerance)[0] == "yes" for a in answers])
             truth = differing.flatten()[:len(cases)] <= tolerance
@@ -180,7 +184,7 @@ def measure_teacher(args):
                 "judge_accepts": share(truth),
                 "accepted_that_judge_accepts": share(truth[said]) if said.any() else None,
                 "agrees_where_judge_is_sure": share((said == truth)[sure]) if sure.any() else None,
-                "judge_agrees_with_witness": share(truth == (differing_too <= tolerance))}
+                "judge_agrees_with_witness": share(truth == ((~equal_too).sum(2).flatten() <= tolerance))}
     for key, value in result.items():
         print(f"{key}: {value}")
     return result

@@ -54,12 +54,14 @@ def test_a_card_computes_in_what_it_has_natively(native, dtype, monkeypatch):
     assert dsd.weight_dtype() == dtype
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_base_in_bfloat16_is_trained_in_either_precision(precision, dev, pairs, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("flags, precision", [(["--precision", "no"], "no"), (["--precision", "bf16"], "bf16"),
+                                              ([], "bf16")])
+def test_a_base_in_bfloat16_is_trained_in_either_precision(flags, precision, dev, pairs, tmp_path, call, monkeypatch):
     monkeypatch.setattr(dsd, "weight_dtype", lambda: torch.bfloat16)
-    code, _, err = call(finetune, "--model", dev, "--pairs", pairs, "--rank", 2, "--steps", 1, "--precision", precision,
-                        "--batch_size", 1, "--out", tmp_path)
+    code, _, err = call(finetune, "--model", dev, "--pairs", pairs, "--rank", 2, "--steps", 1, "--batch_size", 1,
+                        "--out", tmp_path, *flags)
     assert code == 0, err
+    assert dsd.read_json(tmp_path / "settings.json")["precision"] == precision
 
 
 def test_compile_compiles_the_blocks(flux, monkeypatch):
