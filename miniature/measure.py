@@ -1,4 +1,4 @@
-"""Measures the miniature's models: `python miniature/measure.py vae`, `judge`, `vlm`, `teacher`.
+"""Measures the miniature's models: `python miniature/measure.py vae`, `judge`, `vlm`, `teacher`, `looking`, ...
 
 Each prints what it finds and writes it to runs/measure as JSON. Everything is drawn from held-out identities.
 
@@ -9,6 +9,8 @@ vlm      verdicts on rendered pairs, asked by curate.py's own code in its own wo
 teacher  grids as generate_grids.py draws them, read by the judge: is the context as asked, do panels show one critter;
          and how often the VLM's verdict on two panels is the judge's: of all pairs, and where the judge is sure; and
          how often a second judge's verdict is
+looking  whether one panel of the teacher looks at another: its loss on the right panel of two while the left one is as
+         noisy, is shown without noise, or shows another critter without noise
 moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted, 8 pixels to a side
          of it, or in a named pose; what is asked for always stands
 seen     which critters the judge finds in the pairs of --pairs; writes them into --adapter, the folder of the adapter
@@ -190,6 +192,39 @@ def measure_teacher(args):
     return result
 
 
+@torch.inference_mode()
+def measure_looking(args):
+    """Flow-matching loss on the right panel at noise level 0.97, where its colours are decided."""
+    pipe, generator = dsd.load_pipeline(FluxPipeline, args.model), torch.Generator().manual_seed(args.seed + 4_000)
+    number = world.draw_identities(args.count, generator, held_out=True)
+    critter, other = world.identity_of(number), world.identity_of(world.draw_namesakes(number, generator, True))
+    context = torch.stack([world.draw_contexts(args.count, generator) for _ in range(2)], 1)  # (n, 2, 3)
+    named = torch.randint(len(world.POSES), (args.count, 2), generator=generator)
+    left, strange, right = (
+        world.render(who, context[:, side], world.in_pose(world.draw_poses(args.count, generator), named[:, side]),
+                     models.PANEL) * 2 - 1 for who, side in ((critter, 0), (other, 0), (critter, 1)))
+    captions = [world.sheet_caption(critter[i], context[i], (1, 2), poses=named[i].tolist()) for i in range(args.count)]
+    h, w = models.PANEL // models.VAE_FACTOR, 2 * models.PANEL // models.VAE_FACTOR
+    sigma, ids, losses = torch.tensor([.97]), dsd.position_ids(h, w), {}
+    moves = [world.move(*pair) for pair in named.tolist()]
+    for name, shown, noise in (("as noisy", left, sigma), ("clean", left, 0 * sigma), ("another", strange, 0 * sigma)):
+        draw, parts = torch.Generator().manual_seed(args.seed), []  # the same noise for all three
+        for i in tqdm(range(0, args.count, args.batch_size), desc=name):
+            some = slice(i, i + args.batch_size)
+            x_0 = dsd.encode(pipe.vae, dsd.canvas(shown[some], right[some]))  # (b, N, 64)
+            eps = torch.randn(x_0.shape, generator=draw)
+            is_left = ids[:, 2:] < w / 4  # (N, 1): tokens are two latent pixels wide
+            x = torch.where(is_left, dsd.interpolate(x_0, eps, noise), dsd.interpolate(x_0, eps, sigma))
+            text = pipe.encode_prompt(captions[some], captions[some], max_sequence_length=models.TOKENS[1, 2])[:2]
+            v = dsd.run_transformer(pipe.transformer, x, sigma.expand(len(x)), text, ids, 1.0)
+            parts.append((v - dsd.velocity(x_0, eps))[:, ~is_left.flatten()].square().mean((1, 2)))
+        losses[name] = torch.cat(parts)  # (n,)
+    result = {name: round(loss.mean().item(), 4) for name, loss in losses.items()} | {
+        f"clean, {move}": round(losses["clean"][[m == move for m in moves]].mean().item(), 4) for move in set(moves)}
+    print(result)
+    return {"critters": args.count, **dict(sorted(result.items()))}
+
+
 # ---- the student -----------------------------------------------------------------------------------------------------
 def moved_references(count, seed):
     """{how it stands: references}: `count` held-out critters each, and for each critter a prompt for another scene in
@@ -336,7 +371,7 @@ def print_verdicts(result):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 COMMANDS = {"vae": measure_vae, "judge": measure_judge, "vlm": measure_vlm, "teacher": measure_teacher,
-            "moved": measure_moved, "seen": measure_seen}
+            "looking": measure_looking, "moved": measure_moved, "seen": measure_seen}
 
 
 def main():
