@@ -27,13 +27,9 @@ JUDGE = ROOT / "miniature" / "judge"
 def asked(monkeypatch):
     """A VLM that always says the same, at once; the list of what it was asked."""
     asked = []
-
-    def ask(model, processor, cases, questions, batch_size, max_new_tokens):
-        asked.extend(zip(cases, questions, strict=True))
-        return ["image: a critter\nscore: 3"] * len(cases)
-
-    monkeypatch.setattr(curate, "ask", ask)
     monkeypatch.setattr(curate, "load_vlm", lambda name, quantize: (None, None))
+    monkeypatch.setattr(curate, "ask", lambda model, processor, cases, questions, batch_size, max_new_tokens: (
+        asked.extend(zip(cases, questions, strict=True)) or ["image: a critter\nscore: 3"] * len(cases)))
     return asked
 
 

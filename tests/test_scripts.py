@@ -122,9 +122,9 @@ def test_pairs_are_held_out_by_whole_grids(pairs, wanted, grids):
 def encoded(pipe, pairs, tmp_path):
     """encoded(**options): all pairs, encoded, and draw(generator, ...), which draws one process's share of a batch."""
     def encoded(**options):
-        args = types.SimpleNamespace(**{
-            "pairs": pairs, "out": tmp_path, "width": 32, "height": 32, "frames": 2, "validation_grids": 0, "seed": 0,
-            "batch_size": 2, "shift": 3, "condition_dropout": .1, "prompt_dropout": .1, "prompt_tokens": None} | options)
+        args = types.SimpleNamespace(**dict(
+            pairs=pairs, out=tmp_path, width=32, height=32, frames=2, validation_grids=0, seed=0, batch_size=2, shift=3,
+            condition_dropout=.1, prompt_dropout=.1, prompt_tokens=None) | options)
         records, _ = finetune.read_pairs(args)
         for pair in records:
             pair["cache"] = finetune.cache_file(args, pair)
@@ -161,8 +161,7 @@ def test_a_batch_is_drawn_alike_however_many_processes_share_it(pipe, encoded):
         assert torch.equal(torch.stack(shares, 1).flatten(0, 1), tensor)
     assert not torch.equal(whole[1], other[1])
     without, unprompted = (whole[3] == 0).all(2).all(1), (whole[5] == dsd.encode_prompts(pipe, [""])[1].cpu()).all(1)
-    for a, b in ((without, unprompted), (without, ~unprompted), (~without, unprompted), (~without, ~unprompted)):
-        assert (a & b).any()
+    assert len({*zip(without.tolist(), unprompted.tolist())}) == 4  # each with and without the other
 
 
 def test_the_logged_loss_is_the_mean_over_the_accumulated_batches_computed_by_hand(pipe, encoded, tmp_path, run):
@@ -176,9 +175,8 @@ def test_the_logged_loss_is_the_mean_over_the_accumulated_batches_computed_by_ha
         error = dsd.unpack(error ** 2, 8, 16)  # at the first step the student still is the teacher
         frames.append([error[..., :8].mean().item(), error[..., 8:].mean().item()])
     first, second = (sum(losses) / 3 for losses in zip(*frames))
-    log, = dsd.read_records(tmp_path / "log.jsonl")
-    assert log == pytest.approx({"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second},
-                                abs=1e-4)
+    wanted = {"step": 0, "loss": (first + 3 * second) / 4, "frame_1": first, "frame_2": second}
+    assert dsd.read_records(tmp_path / "log.jsonl") == [pytest.approx(wanted, abs=1e-4)]
 
 
 def test_no_two_micro_batches_are_alike(tmp_path, run, monkeypatch):
@@ -243,12 +241,9 @@ def make_chat_model(folder):
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>",
                             chat_template=template).save_pretrained(folder)
     n = len(words)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=n, intermediate_size=n, num_hidden_layers=1,
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=n, intermediate_size=n, num_hidden_layers=0,
                                          num_attention_heads=1, eos_token_id=n - 1, bos_token_id=None))
-    layer = model.model.layers[0]
-    for part, weight in ((layer.self_attn.o_proj, 0), (layer.mlp.down_proj, 0), (model.model.embed_tokens, 1)):
-        part.weight.data = weight * torch.eye(n)
-    model.lm_head.weight.data = 99 * torch.eye(n).roll(1, 0)
+    model.model.embed_tokens.weight.data, model.lm_head.weight.data = torch.eye(n), 99 * torch.eye(n).roll(1, 0)
     model.save_pretrained(folder)
 
 
@@ -283,13 +278,13 @@ YES = "subject: a critter\nimage 1: red\nimage 2: red\ncompare: colour same, ear
 NO = "subject: a critter\nimage 1: red\nimage 2: blue\ncompare: colour different, ears same\nverdict: no"
 ANSWERS = [YES, NO, NO, f"subject: a critter {curate.TRUNCATED}", NO, "yes, they look the same"]
 COPY = critter(7, [1, 0, 0])
-GRIDS = {"subject": [critter(7, [scene, 0, 0]) for scene in range(4)],  # the second one has little to be asked about
+GRIDS = {"subject": [critter(7, [scene, 0, 0]) for scene in range(4)],  # the panels of two grids, by their family
          "relight": [Image.new("RGB", (32, 32), "red"), COPY, COPY, critter(99, [5, 0, 3])]}
 
 
 @pytest.fixture
 def curated(tmp_path, monkeypatch, run):
-    """curate.py on these grids, the VLM giving these answers: (folder, how to start it again)."""
+    """curate.py on these grids, with a VLM that gives these answers: (folder, how to start it again)."""
     def ask(model, processor, cases, question, *rest):
         answers = ANSWERS if question == curate.PAIR_QUESTION else ["caption"]
         return [answers[i % len(answers)] for i in range(len(cases))]
@@ -341,8 +336,8 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
         told["pairs"][pair]["verdict"] = verdict
         dsd.write_json(file, told)
     run(*start)
-    assert [(r["grid"], r["reference_panel"], r["target_panel"], r["prompt"])
-            for r in dsd.read_records(folder / "metadata.jsonl")] == [
+    records = dsd.read_records(folder / "metadata.jsonl")
+    assert [(r["grid"], r["reference_panel"], r["target_panel"], r["prompt"]) for r in records] == [
         (0, *panels, "caption") for panels in ((0, 1), (1, 0), (0, 3), (3, 0))]
     assert dsd.read_json(folder / "summary.json")["yes"] == 2
 
@@ -385,18 +380,17 @@ def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(copied, tmp_
 
 def test_sample_takes_the_released_layout(pipe, tmp_path, draw):
     state = {n: t.clone() for n, t in pipe.transformer.state_dict().items()}
-    q, width = "transformer_blocks.0.attn.to_q", state["x_embedder.bias"].shape[0]
-    lora = {"lora_A": torch.ones(2, width), "lora_B": torch.zeros(width, 2)}
-    state |= {"c_embedder.weight": .1 * torch.ones_like(state["x_embedder.weight"]),
-              "c_embedder.bias": torch.zeros(width), **{f"{q}.{n}.default.weight": t for n, t in lora.items()}}
+    q, width = "transformer.transformer_blocks.0.attn.to_q", len(state["x_embedder.bias"])
+    state["c_embedder.weight"] = .1 * torch.ones_like(state["x_embedder.weight"])
+    state["c_embedder.bias"] = torch.zeros(width)
     (tmp_path / "transformer").mkdir()
     save_file(state, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
-    save_file({f"transformer.{q}.{n}.weight": t for n, t in lora.items()}, tmp_path / dsd.ADAPTER_FILE)
+    save_file({f"{q}.lora_A.weight": torch.ones(2, width), f"{q}.lora_B.weight": torch.zeros(width, 2)},
+              tmp_path / dsd.ADAPTER_FILE)
     assert [told["text"] for told in draw("--adapter", tmp_path)] == ["a round horned critter in space"]
 
 
-def test_sample_enhances_prompts_and_says_what_of_a_long_one_is_not_read(copied, vlm, reference, tmp_path, run, draw,
-                                                                         monkeypatch):
+def test_enhanced_prompts_and_what_of_a_long_one_is_not_read(copied, vlm, reference, tmp_path, run, draw, monkeypatch):
     options = "--prompt", "a critter in space", "red " * 70 + "hat", "--enhance", vlm
     told, _ = draw(*options)
     assert told["prompt"] == "a critter in space" and told["text"].startswith("a critter in space, ")
