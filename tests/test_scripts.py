@@ -286,8 +286,7 @@ GRIDS = {"subject": [critter(7, [scene, 0, 0]) for scene in range(4)],  # the pa
 def curated(tmp_path, monkeypatch, run):
     """curate.py on these grids, with a VLM that gives these answers: (folder, how to start it again)."""
     def ask(model, processor, cases, question, *rest):
-        answers = ANSWERS if question == curate.PAIR_QUESTION else ["caption"]
-        return [answers[i % len(answers)] for i in range(len(cases))]
+        return [ANSWERS[i % 6] if question == curate.PAIR_QUESTION else f"caption {i}" for i in range(len(cases))]
 
     for family, panels in GRIDS.items():
         make_image_grid(panels, 2, 2).save(tmp_path / f"{family}.png")
@@ -308,10 +307,10 @@ def test_accepted_pairs_become_training_pairs_in_both_orders_and_some_are_set_as
         ["yes", "no", "no", "truncated", "no", "unparsable"], ["blank", "blank", "blank", "copies", "yes", "no"]]
     assert [r["panels"] for r in told[1]] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
     records = dsd.read_records(folder / "metadata.jsonl")
-    assert [(r["grid"], r["reference_panel"], r["target_panel"], r["family"]) for r in records] == [
-        (0, 0, 1, "subject"), (0, 1, 0, "subject"), (1, 1, 3, "relight"), (1, 3, 1, "relight")]
+    assert [(r["family"], r["grid"], r["reference_panel"], r["target_panel"], r["prompt"]) for r in records] == [
+        ("subject", 0, 0, 1, "caption 1"), ("subject", 0, 1, 0, "caption 0"),
+        ("relight", 1, 1, 3, "caption 3"), ("relight", 1, 3, 1, "caption 2")]
     for r in records:
-        assert r["prompt"] == "caption"
         assert (folder / r["reference_file_name"]).exists() and (folder / r["target_file_name"]).exists()
     assert dsd.read_json(folder / "summary.json").items() >= {
         "pairs": 12, "yes": 2, "no": 4, "truncated": 1, "unparsable": 1, "blank": 3, "copies": 1, "training_pairs": 4,
@@ -338,7 +337,7 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
     run(*start)
     records = dsd.read_records(folder / "metadata.jsonl")
     assert [(r["grid"], r["reference_panel"], r["target_panel"], r["prompt"]) for r in records] == [
-        (0, *panels, "caption") for panels in ((0, 1), (1, 0), (0, 3), (3, 0))]
+        (0, 0, 1, "caption 1"), (0, 1, 0, "caption 0"), (0, 0, 3, "caption 1"), (0, 3, 0, "caption 0")]
     assert dsd.read_json(folder / "summary.json")["yes"] == 2
 
 
