@@ -18,7 +18,6 @@ import dsd  # first: see its head
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -77,18 +76,16 @@ def file_prompts(path, grammar):
     """Grids from a text file with lines "subject | setting | setting | setting | setting"; blank lines are skipped."""
     with dsd.explained(f"--prompts {path}: give a UTF-8 text file"):
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    grids = {}
+    if not any(lines):
+        raise dsd.DsdError(f"--prompts {path}: there is no prompt in it")
+    grids = []
     for number, line in enumerate(lines, 1):
         subject, *phrases = [part.strip() for part in line.split("|")]
-        if line in grids:
-            print(f"{path}, line {number}: repeats an earlier line and is left out", file=sys.stderr)
-        elif line:
-            if len(phrases) != 4 or not all([subject, *phrases]):
-                raise dsd.DsdError(f'{path}, line {number}: wanted "subject | setting | setting | setting | setting"')
-            grids[line] = grid_prompt(grammar, "subject", subject, "", phrases)
-    if not grids:
-        raise dsd.DsdError(f"--prompts {path}: there is no prompt in it")
-    return list(grids.values())
+        if line and (len(phrases) != 4 or not all([subject, *phrases])):
+            raise dsd.DsdError(f'{path}, line {number}: wanted "subject | setting | setting | setting | setting"')
+        if line:
+            grids.append(grid_prompt(grammar, "subject", subject, "", phrases))
+    return grids
 
 
 # ---- prompts by a chat model -----------------------------------------------------------------------------------------

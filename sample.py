@@ -55,11 +55,6 @@ def find_references(args):
     return {file.as_posix(): dsd.fit_image(dsd.open_image(file), args.width, args.height, args.fit) for file in files}
 
 
-def name_subject(prompt, file):
-    """`{name}` in a prompt stands for what the reference's file is called: "fluffy owl.png" -> "fluffy owl"."""
-    return prompt.replace("{name}", Path(file).stem.replace("_", " "))
-
-
 def enhance(args, references):
     """What a vision-language model sees in each reference, {file: details}, to complete the prompts (R)."""
     path, model = args.out / "details.json", None
@@ -140,7 +135,8 @@ def main():
         details = enhance(args, references) if args.enhance else {}
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter)
     cases = [{"image": file, "prompt": prompt, "seed": seed,
-              "text": ", ".join(filter(None, (name_subject(prompt, file), details.get(file))))}
+              "text": ", ".join(filter(None, (prompt.replace("{name}", Path(file).stem.replace("_", " ")),
+                                              details.get(file))))}
              for file, prompt, seed in itertools.product(references, args.prompt, args.seed)]
     paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
     if state.is_main_process:

@@ -495,13 +495,12 @@ def test_sample_takes_a_folder_of_them_and_unusual_text(flux, tmp_path, broken, 
     assert len(list((tmp_path / "out").glob("[0-9]*.png"))) == len(UNUSUAL)
 
 
-def test_a_prompts_file_with_blank_and_repeated_lines_and_a_byte_order_mark(tmp_path, capsys):
+def test_a_prompts_file_with_blank_and_repeated_lines_and_a_byte_order_mark(tmp_path):
     COUNTS["unusual inputs"] += 1
     line, file = "a fox | in the snow | at noon | in a cave | by moonlight", tmp_path / "prompts.txt"
     file.write_text(f"\n{line}\n  \n{line}\r\nein Füchslein | a | b | c | d", encoding="utf-8-sig")
     grids = generate_grids.file_prompts(file, generate_grids.GRAMMAR)
-    assert [grid["subject"] for grid in grids] == ["fox", "ein Füchslein"]
-    assert "line 4: repeats" in capsys.readouterr().err
+    assert [grid["subject"] for grid in grids] == ["fox", "fox", "ein Füchslein"]  # each line has a seed of its own
 
 
 def test_what_is_listed_twice_counts_once(pairs, one_grid, tmp_path):
