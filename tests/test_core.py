@@ -3,6 +3,7 @@
 import dsd  # first: see its head
 
 import argparse
+import contextlib
 import sys
 
 import pytest
@@ -37,33 +38,23 @@ def test_sampled_sigmas_are_the_schedulers_own_levels_and_a_larger_shift_is_near
     assert (sigmas[3.0] > sigmas[1.0])[1:-1].all() and 0 <= sigmas[3.0].min() and sigmas[3.0].max() <= 1
 
 
-@pytest.mark.parametrize("weights, wanted", [((1, 1), 2.5), ((1, 0), 1.0), ((0, 1), 4.0), ((1, 3), 3.25)])
-def test_the_loss_weighs_the_two_frames(weights, wanted):
+@pytest.mark.parametrize("weights, wanted", [([], 2.5), ([(1, 0)], 1), ([(0, 1)], 4), ([(1, 3)], 3.25)])
+def test_the_loss_weighs_the_two_frames_and_is_else_the_mean_squared_error(weights, wanted):
     v, error = random(2, 16, 64), torch.ones(2, 2, 8, 64)  # tokens as rows and columns of a canvas of 4 x 16
     error[:, :, 4:] = -2  # the left frame is off by 1, the right one by 2
-    losses = dsd.two_frame_loss(v + error.view(2, 16, 64), v, 4, 16, weights)
-    assert [round(x.item(), 4) for x in losses] == [wanted, 1.0, 4.0]
-
-
-def test_the_default_loss_is_the_mean_squared_error_over_the_canvas():
-    v_pred, v = random(2, 16, 64), random(2, 16, 64, seed=1)
-    torch.testing.assert_close(dsd.two_frame_loss(v_pred, v, 4, 16)[0], torch.nn.functional.mse_loss(v_pred, v))
+    losses = dsd.two_frame_loss(v + error.view(2, 16, 64), v, 4, 16, *weights)
+    assert [round(x.item(), 4) for x in losses] == [wanted, 1, 4]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
-def test_tokens_and_position_ids_are_diffusers_own():
-    latents = random(2, 16, 4, 12)
-    tokens = dsd.pack(latents)
-    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 4, 12))
-    assert torch.equal(dsd.unpack(tokens, 4, 12), FluxPipeline._unpack_latents(tokens, 4 * 8, 12 * 8, 8))
-    assert torch.equal(dsd.unpack(tokens, 4, 12), latents)
-    assert torch.equal(dsd.position_ids(6, 16), FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32))
-
-
-def test_split_frames_separates_left_from_right_and_keeps_the_order_of_tokens():
+def test_tokens_and_position_ids_are_diffusers_own_and_those_of_a_canvas_are_split_into_its_frames():
     left, right = random(2, 16, 6, 4), random(2, 16, 6, 4, seed=1)
-    frames = dsd.split_frames(dsd.pack(torch.cat([left, right], 3)), 6, 8)
-    assert torch.equal(frames[0], dsd.pack(left)) and torch.equal(frames[1], dsd.pack(right))
+    latents = torch.cat([left, right], 3)
+    tokens = dsd.pack(latents)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
+    assert torch.equal(dsd.unpack(tokens, 6, 8), latents)
+    assert torch.equal(dsd.position_ids(6, 16), FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32))
+    assert all(map(torch.equal, dsd.split_frames(tokens, 6, 8), (dsd.pack(left), dsd.pack(right))))
 
 
 # ---- guidance --------------------------------------------------------------------------------------------------------
@@ -94,19 +85,16 @@ def test_cutting_a_grid_gives_its_panels_in_reading_order(rows, columns):
     assert [panel.tobytes() for panel in cut] == [panel.tobytes() for panel in panels]
 
 
-def test_pixels_run_from_minus_one_to_one_and_keep_their_place():
+def test_pixels_run_from_minus_one_to_one_keep_their_place_and_are_finite():
     image = Image.new("RGB", (3, 2), "black")
     image.putpixel((2, 0), (255, 0, 255))
     pixels = dsd.to_pixels([image, image])
     assert pixels.shape == (2, 3, 2, 3) and pixels[0, :, 0, 2].tolist() == [1, -1, 1] and pixels[1].sum() == -14
     assert pixels.is_contiguous()  # a VAE's error is 1,000 times larger on channels-last tensors
     assert [i.tobytes() for i in dsd.to_images(pixels / 2 + .5)] == [image.tobytes()] * 2
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_picture_that_is_not_finite_is_refused(value):
-    with pytest.raises(dsd.DsdError, match="not finite"):
-        dsd.to_images(torch.full((1, 3, 2, 2), value))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(dsd.DsdError, match="not finite"):
+            dsd.to_images(torch.full((1, 3, 2, 2), value))
 
 
 def test_canvas_is_the_reference_beside_the_target_or_black():
@@ -115,16 +103,10 @@ def test_canvas_is_the_reference_beside_the_target_or_black():
     assert torch.equal(dsd.canvas(reference), torch.cat([reference, torch.full_like(reference, -1)], 3))
 
 
-@pytest.mark.parametrize("fit, left, middle", [("crop", (0, 0, 255), (0, 0, 255)), ("pad", (255, 0, 0), (0, 0, 255))])
-def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white(fit, left, middle):
-    wide = Image.new("RGB", (90, 30), "red")
-    wide.paste("blue", (30, 0, 60, 30))
-    image = dsd.fit_image(wide, 18, 18, fit)
-    assert image.size == (18, 18) and image.getpixel((9, 9)) == middle and image.getpixel((1, 9)) == left
-    assert image.getpixel((9, 1)) == (middle if fit == "crop" else (255, 255, 255))
-    noise, resize = noise_image(40, 30), {"crop": ImageOps.fit, "pad": ImageOps.pad}[fit]
-    wanted = resize(noise, (18, 18), Image.BICUBIC, **{"color": "white"} if fit == "pad" else {})  # as the authors do
-    assert dsd.fit_image(noise, 18, 18, fit).tobytes() == wanted.tobytes()
+@pytest.mark.parametrize("fit, wanted", [("crop", ImageOps.fit(noise_image(40, 30), (18, 18), Image.BICUBIC)),
+                                         ("pad", ImageOps.pad(noise_image(40, 30), (18, 18), Image.BICUBIC, "white"))])
+def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white_as_the_authors_do(fit, wanted):
+    assert dsd.fit_image(noise_image(40, 30), 18, 18, fit).tobytes() == wanted.tobytes()
 
 
 def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tmp_path):
@@ -143,32 +125,25 @@ def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tm
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
-def parsed(monkeypatch, tmp_path, *flags, folder="{}", **more):
-    """What a parser with one option makes of these flags and this dsd.json."""
-    (tmp_path / "dsd.json").write_text(folder)
+RANK_8 = {"finetune": {"rank": 8}}
+OUT_OF_RANGE = ["0", "-1", ".5", "nan", "inf", "two", str(2**31), ""]
+
+
+@pytest.mark.parametrize("flags, folder, more, rank", [
+    ([], {}, {}, 2), ([], RANK_8, {}, 8), ([], {"sample": {"rank": 8}}, {}, 2),
+    ([], RANK_8, {"rank": 4}, 4), (["--rank", "3"], RANK_8, {"rank": 4}, 3),
+    *(([flag, text], {}, {}, None) for flag in ("--rank", "--rate") for text in OUT_OF_RANGE),
+    *(([], {"finetune": {"rank": text}}, {}, None) for text in OUT_OF_RANGE)])
+def test_a_flag_goes_before_the_models_folder_and_that_before_the_default_and_no_number_is_out_of_range(
+        flags, folder, more, rank, monkeypatch, tmp_path):
+    dsd.write_json(tmp_path / "dsd.json", folder)
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     parser = dsd.Parser("", "out")
     parser.add_argument("--model", default=tmp_path)
     parser.add_argument("--rank", type=dsd.at_least(1), default=2)
-    return parser.parse("finetune", **more).rank
-
-
-@pytest.mark.parametrize("flags, folder, more, rank", [
-    ([], "{}", {}, 2), ([], '{"finetune": {"rank": 8}}', {}, 8), ([], '{"sample": {"rank": 8}}', {}, 2),
-    ([], '{"finetune": {"rank": 8}}', {"rank": 4}, 4), (["--rank", "3"], '{"finetune": {"rank": 8}}', {"rank": 4}, 3)])
-def test_a_flag_goes_before_the_models_folder_and_that_before_the_default(flags, folder, more, rank, monkeypatch,
-                                                                          tmp_path):
-    assert parsed(monkeypatch, tmp_path, *flags, folder=folder, **more) == rank
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "inf", "two", str(2**31), ""])
-def test_a_number_out_of_range_is_refused_in_a_flag_and_in_the_models_folder(text, monkeypatch, tmp_path):
-    with pytest.raises(dsd.DsdError, match="--rank"):
-        parsed(monkeypatch, tmp_path, "--rank", text)
-    with pytest.raises(dsd.DsdError, match="--rank"):
-        parsed(monkeypatch, tmp_path, folder=f'{{"finetune": {{"rank": "{text}"}}}}')
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        dsd.at_least(1, float)(text if text != "1.5" else ".5")
+    parser.add_argument("--rate", type=dsd.at_least(1, float))
+    with contextlib.nullcontext() if rank else pytest.raises(dsd.DsdError, match=(flags or ["--rank"])[0]):
+        assert parser.parse("finetune", **more).rank == rank
 
 
 # ---- errors and files ------------------------------------------------------------------------------------------------
