@@ -28,14 +28,12 @@ def test_x_sigma_and_v_lead_to_the_noise_and_to_the_picture():
     assert torch.equal(dsd.interpolate(x_0, eps, torch.ones(3)), eps)
 
 
-def test_sampled_sigmas_are_the_schedulers_own_levels_and_a_larger_shift_is_nearer_to_the_noise():
-    sigmas = {shift: dsd.sample_sigmas(1000, shift, torch.Generator().manual_seed(5)) for shift in (1.0, 3.0)}
-    u = torch.rand(1000, generator=torch.Generator().manual_seed(5))
-    for shift, levels in sigmas.items():
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(sigmas=u.tolist())
-        torch.testing.assert_close(levels, scheduler.sigmas[:-1])  # the last one is the appended zero
-    assert (sigmas[3.0] > sigmas[1.0])[1:-1].all() and 0 <= sigmas[3.0].min() and sigmas[3.0].max() <= 1
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampled_sigmas_are_the_schedulers_own_levels(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=torch.rand(1000, generator=torch.Generator().manual_seed(5)).tolist())
+    sigmas = dsd.sample_sigmas(1000, shift, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(sigmas, scheduler.sigmas[:-1])  # the last one is the appended zero
 
 
 @pytest.mark.parametrize("weights, wanted", [([], 2.5), ([(1, 0)], 1), ([(0, 1)], 4), ([(1, 3)], 3.25)])
@@ -85,16 +83,13 @@ def test_cutting_a_grid_gives_its_panels_in_reading_order(rows, columns):
     assert [panel.tobytes() for panel in cut] == [panel.tobytes() for panel in panels]
 
 
-def test_pixels_run_from_minus_one_to_one_keep_their_place_and_are_finite():
+def test_pixels_run_from_minus_one_to_one_and_keep_their_place():
     image = Image.new("RGB", (3, 2), "black")
     image.putpixel((2, 0), (255, 0, 255))
     pixels = dsd.to_pixels([image, image])
     assert pixels.shape == (2, 3, 2, 3) and pixels[0, :, 0, 2].tolist() == [1, -1, 1] and pixels[1].sum() == -14
     assert pixels.is_contiguous()  # a VAE's error is 1,000 times larger on channels-last tensors
     assert [i.tobytes() for i in dsd.to_images(pixels / 2 + .5)] == [image.tobytes()] * 2
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(dsd.DsdError, match="not finite"):
-            dsd.to_images(torch.full((1, 3, 2, 2), value))
 
 
 def test_canvas_is_the_reference_beside_the_target_or_black():
@@ -162,22 +157,15 @@ def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, sai
     assert stop.value.code == code and capsys.readouterr().err == said
 
 
-def test_records_come_back_as_they_were_written(tmp_path):
-    records = [{"a": 1, "text": "zwölf\u2028Boxkämpfer\nund \"mehr\""}, {"b": [1, 2.5, None]}]
-    dsd.write_json(tmp_path / "some" / "records.jsonl", records)
-    assert dsd.read_records(tmp_path / "some" / "records.jsonl") == records
-    assert (tmp_path / "some" / "records.jsonl").read_bytes().count(b"\n") == 2
-    dsd.write_json(tmp_path / "one.json", records[0])
-    assert dsd.read_json(tmp_path / "one.json") == records[0]
-
-
-@pytest.mark.parametrize("garbage", [b"not json\n", b"\xff\xfe\x00\n", b"\n", b"[1]\n", b'{"text": 7}\n',
-                                     b'{"text": "a'])
-def test_a_line_that_is_no_record_is_named(tmp_path, garbage):
-    (tmp_path / "records.jsonl").write_bytes(b'{"text": "a"}\n' + garbage)
-    with pytest.raises(dsd.DsdError, match="records.jsonl, line 2: ") as caught:
-        dsd.read_records(tmp_path / "records.jsonl", "text")
-    assert "\n" not in str(caught.value)
+def test_records_come_back_as_they_were_written_and_a_line_that_is_none_is_named(tmp_path):
+    file = tmp_path / "some" / "records.jsonl"
+    records = [{"a": 1, "text": "zwölf\u2028Boxkämpfer\nund \"mehr\""}, {"text": "", "b": [1, 2.5, None]}]
+    dsd.write_json(file, records)
+    assert dsd.read_records(file, "text") == records and file.read_bytes().count(b"\n") == 2
+    for garbage in (b"not json\n", b"\xff\xfe\x00\n", b"\n", b"[1]\n", b'{"text": 7}\n', b'{"text": "a'):
+        file.write_bytes(b'{"text": "a"}\n' + garbage)
+        with pytest.raises(dsd.DsdError, match="^[^\n]*records.jsonl, line 2: [^\n]*$"):
+            dsd.read_records(file, "text")
 
 
 @pytest.mark.parametrize("error, raised", [(OSError(28, "No space left"), dsd.DsdError), (ValueError(), ValueError)])
@@ -189,25 +177,16 @@ def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
     assert dsd.read_json(tmp_path / "file.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_output_folder_is_for_one_run_and_one_process(tmp_path):
-    def begin(**options):
-        return dsd.open_out(argparse.Namespace(**{"out": tmp_path / "out", "device": "cpu", "steps": 2,
-                                                  "count": 3} | options),
-                            "sample", changeable=["count"], image="a")
-    lock = begin()
-    with pytest.raises(dsd.DsdError, match="in use by another process"):
-        begin()
-    lock.release()
-    begin(steps=3).release()  # nothing was written yet
-    dsd.write_json(tmp_path / "out" / "result.json", {})
-    begin(steps=3, count=4).release()
-    settings = (tmp_path / "out" / "settings.json").read_bytes()
+def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
+    def begin(steps, count=3):
+        args = argparse.Namespace(out=tmp_path, device="cpu", steps=steps, count=count)
+        dsd.open_out(args, "sample", changeable=["count"], image="a").release()
+    begin(steps=2)
+    begin(steps=3)
+    dsd.write_json(tmp_path / "result.json", {})
+    begin(steps=3, count=4)
     with pytest.raises(dsd.DsdError, match="another run or other files .its steps was 3."):
         begin(steps=2)
-    assert (tmp_path / "out" / "settings.json").read_bytes() == settings
-    (tmp_path / "out" / "settings.json").unlink()  # files of unknown origin
-    with pytest.raises(dsd.DsdError, match="another run or other files"):
-        begin(steps=3)
 
 
 def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatch):

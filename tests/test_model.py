@@ -1,20 +1,14 @@
-"""The two-frame model: it starts as the teacher, its file is a standard Control LoRA, sampling equals diffusers'."""
+"""The two-frame model: it starts as the teacher, its file is a standard Control LoRA, what a picture depends on."""
 
 import dsd  # first: see its head
 
 import inspect
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from conftest import give_random_weights, noise_image, predict, random_inputs, random_transformer
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlPipeline, FluxPipeline
-from diffusers.utils import make_image_grid
+from diffusers import FluxControlPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 FACTS = {"frames": 2, "width": 32, "height": 32, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 1.5}
@@ -84,7 +78,7 @@ def test_unmodified_diffusers_loads_the_adapter_and_predicts_the_students_veloci
     assert set(pipe.transformer.x_embedder.scaling.values()) == {1.0}
 
 
-def test_the_file_holds_the_condition_columns_exactly_and_its_metadata_ranks_and_facts(tmp_path, monkeypatch):
+def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path, monkeypatch):
     model, file = trained(), tmp_path / dsd.ADAPTER_FILE
     dsd.save_adapter(model, tmp_path, FACTS)
     tensors = load_file(file)
@@ -92,10 +86,6 @@ def test_the_file_holds_the_condition_columns_exactly_and_its_metadata_ranks_and
     assert torch.equal(a, torch.cat([torch.zeros(64, 64), torch.eye(64)], 1))
     assert torch.equal(b, model.x_embedder.lora_B["default"].weight) and b.abs().min() > 0
     assert all(t.shape[0 if ".lora_A" in name else 1] == 4 for name, t in tensors.items() if "x_embedder" not in name)
-    with safe_open(file, "pt") as opened:
-        config = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert config["transformer.r"] == config["transformer.lora_alpha"] == 4
-    assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {"x_embedder": 64}
     monkeypatch.setattr(dsd, "snapshot_download", lambda name, allow_patterns: {"owner/name": str(tmp_path)}[name])
     assert all(dsd.adapter_facts(given) == (file, FACTS) for given in (tmp_path, file, "owner/name"))
     with pytest.raises(dsd.DsdError, match="no adapter owner/other"):
@@ -139,6 +129,11 @@ def released(folder, heads=2):
     return velocity
 
 
+def edit(file, change=dict):
+    """Put what `change` makes of a file's tensors, {name: tensor}, in their place; the metadata is lost."""
+    save_file(change(load_file(file)), file)
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_the_released_layout_gives_the_velocity_of_its_two_embedders_summed(tmp_path, bfloat16):
     velocity, pipe = released(tmp_path), stock_pipe(random_transformer(seed=12))  # every weight comes from the folder
@@ -152,46 +147,19 @@ def test_the_released_layout_gives_the_velocity_of_its_two_embedders_summed(tmp_
     assert (v - velocity(x, 0 * condition, *rest)).abs().max() > .1
 
 
-def ours(folder, heads):
-    dsd.save_adapter(student(heads=heads), folder, {})
-
-
-def edit(file, change=dict):
-    """Put what `change` makes of a file's tensors, {name: tensor}, in their place; the metadata is lost."""
-    save_file(change(load_file(file)), file)
-
-
 def without(part):
     return lambda file: edit(file, lambda tensors: {name: t for name, t in tensors.items() if part not in name})
 
 
-def garbage(file):
-    file.write_bytes(b"?")
-
-
-INFINITE = {"transformer.x_embedder.lora_B.weight": torch.zeros(64, 64).fill_diagonal_(torch.inf)}
-UNUSABLE = {
-    "missing": (ours, 2, Path.unlink, "no adapter"),
-    "cut": (ours, 2, lambda file: file.write_bytes(file.read_bytes()[:-1000]), "does not fit"),
-    "garbage": (ours, 2, garbage, "does not fit"),
-    "of another width": (ours, 3, lambda file: None, "does not fit"),
-    "not finite": (ours, 2, lambda file: edit(file, lambda tensors: tensors | INFINITE), "weights are not finite"),
-    "ordinary LoRA": (ours, 2, without("x_embedder"), "ordinary LoRA, without weights for a reference"),
-    "foreign layers": (ours, 2, lambda file: edit(file, lambda tensors: tensors | {
-        name.replace("blocks.0", "blocks.7"): t.clone() for name, t in tensors.items()}),
-        "no place for .* of its layers, such as .*blocks.7"),
-    **{f"released, {name}": (released, heads, spoil, "not a released DSD transformer") for name, heads, spoil in [
-        ("no c_embedder", 2, without("c_embedder.weight")), ("no bias", 2, without("c_embedder.bias")),
-        ("a weight missing", 2, without("proj_out.weight")), ("garbage", 2, garbage),
-        ("of another width", 3, lambda file: None)]}}
-
-
-@pytest.mark.parametrize("make, heads, spoil, words", UNUSABLE.values(), ids=UNUSABLE)
-def test_an_adapter_that_cannot_be_used_is_an_error_of_one_line(make, heads, spoil, words, tmp_path):
-    make(tmp_path, heads)
-    for file in list(tmp_path.glob("transformer/*")) or [tmp_path / dsd.ADAPTER_FILE]:
+@pytest.mark.parametrize("spoil, heads", [
+    (without("c_embedder.weight"), 2), (without("c_embedder.bias"), 2), (without("proj_out.weight"), 2),
+    (lambda file: file.write_bytes(b"?"), 2), (lambda file: None, 3)],
+    ids=["no c_embedder", "no bias", "a weight missing", "garbage", "of another width"])
+def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(spoil, heads, tmp_path):
+    released(tmp_path, heads)
+    for file in tmp_path.glob("transformer/*"):
         spoil(file)
-    with pytest.raises(dsd.DsdError, match=words) as caught:
+    with pytest.raises(dsd.DsdError, match="not a released DSD transformer") as caught:
         dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -224,23 +192,6 @@ def difference(a, b):
     """The largest difference of two images or lists of images in grey levels."""
     a, b = ((dsd.to_pixels(i if isinstance(i, list) else [i]) + 1) * 127.5 for i in (a, b))
     return (a - b).abs().max().item()
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed shift", "shift by resolution"])
-def test_pictures_equal_the_unmodified_control_pipelines_within_one_grey_level(flux, adapter, conditioned, dynamic):
-    """With FLUX.1-dev's schedule too, which the miniature does not have."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=3.0, base_shift=.5, max_shift=1.15)
-    stock = FluxControlPipeline.from_pretrained(flux, dtype=torch.float32).to(PartialState().device)
-    stock.load_lora_weights(str(adapter))
-    conditioned.scheduler, stock.scheduler = scheduler, FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    ours = draw(conditioned, REFERENCES, [5, 6], PROMPTS)
-    for image, reference, prompt, seed in zip(ours, REFERENCES, PROMPTS, (5, 6)):
-        theirs = stock(prompt, control_image=make_image_grid([reference, Image.new("RGB", (32, 32))], 1, 2),
-                       height=32, width=64, num_inference_steps=3, guidance_scale=2.0,
-                       max_sequence_length=conditioned.tokenizer_2.model_max_length,
-                       generator=torch.Generator("cpu").manual_seed(seed)).images[0]
-        assert theirs.size == (64, 32) and difference(image, theirs.crop((32, 0, 64, 32))) <= 1
-    assert torch.equal(conditioned.scheduler.sigmas, stock.scheduler.sigmas) and difference(*ours) > 10
 
 
 def test_a_picture_follows_reference_prompt_and_seed_and_not_its_batch(conditioned):
