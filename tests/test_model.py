@@ -2,14 +2,17 @@
 
 import dsd  # first: see its head
 
+import argparse
 import inspect
 
 import pytest
 import torch
-from conftest import give_random_weights, noise_image, predict, random_inputs, random_transformer
+from conftest import give_random_weights, noise_image, predict, random_inputs, random_transformer, run_script
 from diffusers import FluxControlPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+
+from miniature import exams, rivals
 
 FACTS = {"frames": 2, "width": 32, "height": 32, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 1.5}
 
@@ -169,17 +172,11 @@ PROMPTS = ["a round horned critter in space at noon", "a tall earless critter in
 REFERENCES = [noise_image(32, 32, seed) for seed in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def adapter(flux, tmp_path_factory):
-    """An adapter of random weights for the model folder: it changes every layer."""
-    folder, pipe = tmp_path_factory.mktemp("adapter"), dsd.load_pipeline(FluxControlPipeline, flux)
-    dsd.save_adapter(give_random_weights(dsd.add_lora(dsd.widen(pipe.transformer), 4)), folder, FACTS)
-    return folder
-
-
 @pytest.fixture
-def conditioned(flux, adapter):
-    return dsd.load_pipeline(FluxControlPipeline, flux, adapter=adapter)
+def conditioned(pipe):
+    """The model with LoRA of random weights, which changes every layer."""
+    give_random_weights(dsd.add_lora(dsd.widen(pipe.transformer), 4))
+    return pipe
 
 
 def draw(pipe, images=REFERENCES[:1], seeds=(5,), prompts=PROMPTS[:1], **changes):
@@ -242,3 +239,24 @@ def test_noise_levels_in_bfloat16_are_rounded_as_the_stock_pipeline_rounds_them(
     levels = conditioned.scheduler.timesteps
     assert seen == [(t.to(torch.bfloat16) / 1000).item() for t in levels]
     assert seen != [(t / 1000).to(torch.bfloat16).item() for t in levels]
+
+
+# ---- its rivals ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", rivals.RIVALS)
+def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_what_is_evaluated(kind, pairs, tmp_path):
+    run_script("miniature/rivals.py", kind, "--pairs", pairs, "--steps", 3, "--batch_size", 2, "--out", "out",
+               cwd=tmp_path)
+    assert len(dsd.read_records(tmp_path / "out" / "log.jsonl")) == 3
+    args = argparse.Namespace(seed=0, width=32, height=32, prompt_tokens=[24, 40], steps=2, image_guidance=2.0,
+                              text_guidance=2.0, guidance_scale=1.0, unguided_steps=1, rival=(kind, tmp_path / "out"))
+    pipe = dsd.load_pipeline(FluxPipeline, dsd.MINIATURE / "flux", dtype=torch.float32)
+    x, reference, *rest = random_inputs(h=8, w=8)
+    teacher = predict(pipe.transformer, x, *rest)
+    new = rivals.load(kind, pipe.transformer, args)
+    torch.testing.assert_close(predict(new, torch.cat([x, reference], 2), *rest), teacher, atol=1e-5, rtol=0)
+    assert not any("transformer.x_embedder" in name for name in new.trained())  # the teacher is frozen
+    learned = rivals.load(kind, new.transformer, args, tmp_path / "out")
+    v, other = (predict(learned, torch.cat([x, given], 2), *rest) for given in (reference, -reference))
+    assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
+    images = rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)
+    assert [image.size for image in images] == [(32, 32)] * 2
