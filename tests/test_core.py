@@ -23,8 +23,6 @@ def test_x_sigma_and_v_lead_to_the_noise_and_to_the_picture():
     x_sigma, v, s = dsd.interpolate(x_0, eps, sigma), dsd.velocity(x_0, eps), sigma.view(3, 1, 1)
     torch.testing.assert_close(x_sigma + (1 - s) * v, eps)
     torch.testing.assert_close(x_sigma - s * v, x_0)
-    assert torch.equal(dsd.interpolate(x_0, eps, torch.zeros(3)), x_0)
-    assert torch.equal(dsd.interpolate(x_0, eps, torch.ones(3)), eps)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -46,8 +44,9 @@ def test_the_loss_weighs_the_two_frames_and_is_else_the_mean_squared_error(weigh
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 def test_tokens_and_position_ids_are_diffusers_own_and_those_of_a_canvas_are_split_into_its_frames():
     left, right = random(2, 16, 6, 4), random(2, 16, 6, 4, seed=1)
-    latents = torch.cat([left, right], 3)
+    latents = dsd.canvas(left, right)
     tokens = dsd.pack(latents)
+    assert torch.equal(latents, torch.cat([left, right], 3))
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
     assert torch.equal(dsd.unpack(tokens, 6, 8), latents)
     assert torch.equal(dsd.position_ids(6, 16), FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32))
@@ -74,12 +73,11 @@ def test_guided_velocity_is_the_formula_and_runs_only_the_passes_it_needs(s_i, s
     assert rows == [passes * len(x)]  # one batch
 
 
-# ---- grids, canvases, pictures ---------------------------------------------------------------------------------------
+# ---- grids and pictures ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rows, columns", [(2, 2), (1, 3), (3, 2)])
 def test_cutting_a_grid_gives_its_panels_in_reading_order(rows, columns):
     panels = [noise_image(6, 4, seed) for seed in range(rows * columns)]
-    cut = dsd.cut_grid(make_image_grid(panels, rows, columns), rows, columns)
-    assert [panel.tobytes() for panel in cut] == [panel.tobytes() for panel in panels]
+    assert dsd.cut_grid(make_image_grid(panels, rows, columns), rows, columns) == panels
 
 
 def test_pixels_run_from_minus_one_to_one_and_keep_their_place():
@@ -88,34 +86,26 @@ def test_pixels_run_from_minus_one_to_one_and_keep_their_place():
     pixels = dsd.to_pixels([image, image])
     assert pixels.shape == (2, 3, 2, 3) and pixels[0, :, 0, 2].tolist() == [1, -1, 1] and pixels[1].sum() == -14
     assert pixels.is_contiguous()  # a VAE's error is 1,000 times larger on channels-last tensors
-    assert [i.tobytes() for i in dsd.to_images(pixels / 2 + .5)] == [image.tobytes()] * 2
-
-
-def test_canvas_is_the_reference_beside_the_target_or_black():
-    reference, target = random(1, 3, 4, 6), random(1, 3, 4, 6, seed=1)
-    assert torch.equal(dsd.canvas(reference, target), torch.cat([reference, target], 3))
-    assert torch.equal(dsd.canvas(reference), torch.cat([reference, torch.full_like(reference, -1)], 3))
+    assert dsd.to_images(pixels / 2 + .5) == [image, image]
 
 
 @pytest.mark.parametrize("fit, wanted", [("crop", ImageOps.fit(noise_image(40, 30), (18, 18), Image.BICUBIC)),
                                          ("pad", ImageOps.pad(noise_image(40, 30), (18, 18), Image.BICUBIC, "white"))])
 def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white_as_the_authors_do(fit, wanted):
-    assert dsd.fit_image(noise_image(40, 30), 18, 18, fit).tobytes() == wanted.tobytes()
+    assert dsd.fit_image(noise_image(40, 30), 18, 18, fit) == wanted
 
 
 def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tmp_path):
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")
-    heights = []
+    narrow, heights = Image.new("RGB", (1, 90), "white"), []
     for caption in ("short", "a caption long enough for several lines of text"):
-        dsd.contact_sheet([[(red, caption), (blue, "short")], [(red, "")]], tmp_path / "sheet.png", side=64)
-        sheet = Image.open(tmp_path / "sheet.png")
+        dsd.contact_sheet([[(red, caption), (blue, "short")], [(red, ""), (narrow, "")]], tmp_path / "a.png", side=64)
+        sheet = Image.open(tmp_path / "a.png")
+        heights.append(sheet.height)
         counts = {colour: n for n, colour in sheet.getcolors(10_000)}
         assert (counts.pop((255, 0, 0)), counts.pop((0, 0, 255))) == (2 * 64 * 64, 128 * 64)
-        counts.pop((255, 255, 255))
-        assert sum(counts.values()) > 50  # letters
-        heights.append(sheet.height)
+        assert counts.pop((255, 255, 255)) and sum(counts.values()) > 50  # letters
     assert heights[1] == heights[0] + 2 * 15  # three lines of 21 letters
-    dsd.contact_sheet([[(Image.new("RGB", (1, 600)), "narrow")]], tmp_path / "sheet.png")
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
