@@ -97,12 +97,10 @@ def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path, mo
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = student()
-    dsd.save_adapter(model, tmp_path, FACTS)
-    before = (tmp_path / dsd.ADAPTER_FILE).read_bytes()
     model.x_embedder.lora_B["default"].weight.data[3, 4] = float("nan")
     with pytest.raises(dsd.DsdError, match="not finite and are not saved"):
         dsd.save_adapter(model, tmp_path, FACTS)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+    assert not list(tmp_path.iterdir())
 
 
 def released(folder, heads=2):
@@ -114,7 +112,6 @@ def released(folder, heads=2):
     model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_out.0", "x_embedder", "proj_mlp"]))
     give_random_weights(model, .1)
     state |= {name: p for name, p in model.state_dict().items() if ".lora_" in name}
-    assert any("lora_A.default" in name for name in state)
     names = sorted(state)
     (folder / "transformer").mkdir(parents=True)
     for i in (0, 1):  # in two shards

@@ -174,7 +174,7 @@ def check_tokens(tokenizers, texts):
             assert tokenizer.unk_token_id not in ids and len(ids) <= tokenizer.model_max_length, text
 
 
-def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(tokenizers, drawn, g):
+def test_captions_and_sample_prompts_are_read_whole_and_without_unknown_words_but_a_zebra_is_one(tokenizers, drawn, g):
     longest = [v.index(max(v, key=lambda words: len(words.split()))) for v in world.CONTEXT.values()]
     texts = [world.sheet_caption([4, 2, 0, 0, 1, 0, 0], [longest] * 4, (2, 2), relight, wording, (2, 2, 2, 2))
              for relight in (False, True) for wording in (0, 1)]
@@ -184,7 +184,9 @@ def test_longest_and_random_captions_are_read_whole_and_without_unknown_words(to
         texts += captions
     everything = itertools.product(range(8), range(4), range(4))
     texts += [world.panel_caption(*pair, True) for pair in zip(world.identity_of(ALL[::400]), everything)]
+    texts += [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS]
     check_tokens(tokenizers, texts)
+    assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
 
 
 @pytest.mark.parametrize("family", ["subject", "relight"])
@@ -207,13 +209,7 @@ def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenize
     check_tokens(tokenizers, texts)
 
 
-def test_sample_prompts_of_the_miniature_are_words_the_teacher_knows_and_a_zebra_is_none(tokenizers):
-    prompts = models.flux_settings()["sample"]["prompts"]
-    check_tokens(tokenizers, [p.replace("{name}", noun) for p in prompts for noun in NOUNS])
-    assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
-
-
-# ---- one command for all models --------------------------------------------------------------------------------------
+# ---- how the models are made -----------------------------------------------------------------------------------------
 def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp_path, monkeypatch):
     def leg(minutes):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", "all", "--out", str(tmp_path / "made"), "--minutes", minutes])
@@ -233,7 +229,6 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp
     assert len(list((tmp_path / "made" / "references").iterdir())) == 8
 
 
-# ---- what the VLM learns ---------------------------------------------------------------------------------------------
 def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(drawn, g):
     _, rows = lessons.draw_pool(200, g)  # (200, 6, 11)
     identity, pose = rows[..., :7], rows[..., 10]
