@@ -57,13 +57,11 @@ def test_tokens_and_position_ids_are_diffusers_own_and_those_of_a_canvas_are_spl
     (.5, .25, 3)])
 def test_guided_velocity_is_the_formula_and_runs_only_the_passes_it_needs(s_i, s_t, passes):
     """The row (1, 3) is text guidance without image guidance, which the released pipeline ignores."""
-    rows, text, null = [], (random(2, 7, 8), random(2, 4, seed=1)), (random(2, 7, 8, seed=2), random(2, 4, seed=3))
-    x, condition = random(2, 5, 64, seed=4), random(2, 5, 64, seed=5)
-
     def model(x, condition, text):  # stands in for the transformer: an odd function of its inputs
         rows.append(len(x))
         return torch.sin(x + 2 * condition) + text[0].mean((1, 2)).view(-1, 1, 1) * x + text[1].mean(1).view(-1, 1, 1)
-
+    rows, text, null = [], (random(2, 7, 8), random(2, 4, seed=1)), (random(2, 7, 8, seed=2), random(2, 4, seed=3))
+    x, condition = random(2, 5, 64, seed=4), random(2, 5, 64, seed=5)
     v_00, v_i0, v_it = model(x, 0 * condition, null), model(x, condition, null), model(x, condition, text)
     rows.clear()
     v = dsd.guided_velocity(model, x, condition, text, null, s_i, s_t)
@@ -110,8 +108,7 @@ def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tm
 @pytest.mark.parametrize("flags, folder, more, rank", [
     ([], {}, {}, 2), ([], {"finetune": {"rank": 8}}, {}, 8), ([], {"sample": {"rank": 8}}, {}, 2),
     ([], {"finetune": {"rank": "8"}}, {"rank": 4}, 4), (["--rank", "3"], {"finetune": {"rank": 8}}, {"rank": 4}, 3)])
-def test_a_flag_goes_before_the_models_folder_and_that_before_the_default(flags, folder, more, rank, monkeypatch,
-                                                                          tmp_path):
+def test_flags_go_before_the_models_folder_and_that_before_defaults(flags, folder, more, rank, monkeypatch, tmp_path):
     dsd.write_json(tmp_path / "dsd.json", folder)
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     parser = dsd.Parser("", "out")

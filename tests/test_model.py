@@ -227,8 +227,7 @@ def test_stock_lines_draw_with_the_miniature_and_its_adapter_as_they_stand():
 def test_noise_levels_in_bfloat16_are_rounded_as_the_stock_pipeline_rounds_them(conditioned, monkeypatch):
     """The timestep is cast before the division; casting after it would give other levels."""
     seen = []
-    monkeypatch.setattr(
-        dsd, "run_transformer", lambda model, tokens, sigma, *rest: seen.append(sigma.item()) or tokens[..., :64])
+    monkeypatch.setattr(dsd, "run_transformer", lambda model, x, sigma, *rest: seen.append(sigma.item()) or x[..., :64])
     monkeypatch.setattr(type(conditioned.transformer), "dtype", torch.bfloat16)
     draw(conditioned, steps=28)
     levels = conditioned.scheduler.timesteps
@@ -253,5 +252,4 @@ def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_wh
     learned = rivals.load(kind, new.transformer, args, tmp_path / "out")
     v, other = (predict(learned, torch.cat([x, given], 2), *rest) for given in (reference, -reference))
     assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
-    images = rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)
-    assert [image.size for image in images] == [(32, 32)] * 2
+    assert [image.size for image in rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)] == [(32, 32)] * 2

@@ -182,8 +182,8 @@ def test_captions_and_sample_prompts_are_read_whole_and_without_unknown_words_bu
         captions = world.sheets(3000, g, layout, 4)[1]
         assert max(map(len, tokenizers[0](captions).input_ids)) <= length
         texts += captions
-    everything = itertools.product(range(8), range(4), range(4))
-    texts += [world.panel_caption(*pair, True) for pair in zip(world.identity_of(ALL[::400]), everything)]
+    texts += [world.panel_caption(*pair, True) for pair in zip(
+        world.identity_of(ALL[::400]), itertools.product(range(8), range(4), range(4)))]
     texts += [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS]
     check_tokens(tokenizers, texts)
     assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
