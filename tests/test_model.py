@@ -61,6 +61,25 @@ def test_only_the_loras_of_the_blocks_and_the_condition_columns_learn():
     assert not torch.equal(before["x_embedder.lora_B.default.weight"], after["x_embedder.lora_B.default.weight"])
 
 
+@pytest.mark.parametrize("kind", rivals.RIVALS)
+def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_what_is_evaluated(kind, pairs, tmp_path):
+    run_script("miniature/rivals.py", kind, "--pairs", pairs, "--steps", 3, "--batch_size", 2, "--out", "out",
+               cwd=tmp_path)
+    assert len(dsd.read_records(tmp_path / "out" / "log.jsonl")) == 3
+    args = argparse.Namespace(seed=0, width=32, height=32, prompt_tokens=[24, 40], steps=2, image_guidance=2.0,
+                              text_guidance=2.0, guidance_scale=1.0, unguided_steps=1, rival=(kind, tmp_path / "out"))
+    pipe = dsd.load_pipeline(FluxPipeline, dsd.MINIATURE / "flux", dtype=torch.float32)
+    x, reference, *rest = random_inputs(h=8, w=8)
+    teacher = predict(pipe.transformer, x, *rest)
+    new = rivals.load(kind, pipe.transformer, args)
+    torch.testing.assert_close(predict(new, torch.cat([x, reference], 2), *rest), teacher, atol=1e-5, rtol=0)
+    assert not any("transformer.x_embedder" in name for name in new.trained())  # the teacher is frozen
+    learned = rivals.load(kind, new.transformer, args, tmp_path / "out")
+    v, other = (predict(learned, torch.cat([x, given], 2), *rest) for given in (reference, -reference))
+    assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
+    assert [image.size for image in rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)] == [(32, 32)] * 2
+
+
 # ---- the adapter file ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rank, metadata", [(4, True), (64, True), (64, False)])
 def test_unmodified_diffusers_loads_the_adapter_and_predicts_the_students_velocity(tmp_path, rank, metadata):
@@ -94,12 +113,16 @@ def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path, mo
     assert {t.dtype for t in load_file(tmp_path / "half" / dsd.ADAPTER_FILE).values()} == {torch.float16}
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    model = student()
-    model.x_embedder.lora_B["default"].weight.data[3, 4] = float("nan")
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    model, infinite = student(), torch.zeros(64, 64).fill_diagonal_(torch.inf)
+    dsd.save_adapter(model, tmp_path, FACTS)
+    edit(tmp_path / dsd.ADAPTER_FILE, lambda tensors: tensors | {"transformer.x_embedder.lora_B.weight": infinite})
+    with pytest.raises(dsd.DsdError, match="its weights are not finite"):
+        dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
+    model.x_embedder.lora_B["default"].weight.data[3, 4] = torch.nan
     with pytest.raises(dsd.DsdError, match="not finite and are not saved"):
-        dsd.save_adapter(model, tmp_path, FACTS)
-    assert not list(tmp_path.iterdir())
+        dsd.save_adapter(model, tmp_path / "new", FACTS)
+    assert not (tmp_path / "new").exists()
 
 
 def released(folder, heads=2):
@@ -232,23 +255,3 @@ def test_noise_levels_in_bfloat16_are_rounded_as_the_stock_pipeline_rounds_them(
     levels = conditioned.scheduler.timesteps
     assert seen == [(t.to(torch.bfloat16) / 1000).item() for t in levels]
     assert seen != [(t / 1000).to(torch.bfloat16).item() for t in levels]
-
-
-# ---- its rivals ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", rivals.RIVALS)
-def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_what_is_evaluated(kind, pairs, tmp_path):
-    run_script("miniature/rivals.py", kind, "--pairs", pairs, "--steps", 3, "--batch_size", 2, "--out", "out",
-               cwd=tmp_path)
-    assert len(dsd.read_records(tmp_path / "out" / "log.jsonl")) == 3
-    args = argparse.Namespace(seed=0, width=32, height=32, prompt_tokens=[24, 40], steps=2, image_guidance=2.0,
-                              text_guidance=2.0, guidance_scale=1.0, unguided_steps=1, rival=(kind, tmp_path / "out"))
-    pipe = dsd.load_pipeline(FluxPipeline, dsd.MINIATURE / "flux", dtype=torch.float32)
-    x, reference, *rest = random_inputs(h=8, w=8)
-    teacher = predict(pipe.transformer, x, *rest)
-    new = rivals.load(kind, pipe.transformer, args)
-    torch.testing.assert_close(predict(new, torch.cat([x, reference], 2), *rest), teacher, atol=1e-5, rtol=0)
-    assert not any("transformer.x_embedder" in name for name in new.trained())  # the teacher is frozen
-    learned = rivals.load(kind, new.transformer, args, tmp_path / "out")
-    v, other = (predict(learned, torch.cat([x, given], 2), *rest) for given in (reference, -reference))
-    assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
-    assert [image.size for image in rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)] == [(32, 32)] * 2
