@@ -1,21 +1,19 @@
 """Each script is killed in each of its phases and started again: the same command ends with the same bytes.
 
-The scripts run in processes of their own (server.py), which SIGKILL ends with no chance to clean up: just before they
-touch a chosen file, in every phase of the work, and at random times. How many kills there were is printed last."""
+SIGKILL leaves no chance to clean up: just before a script touches a chosen file, in every phase of the work, and at
+random times. How many kills there were is printed last."""
 
 import dsd  # first: see its head
 
-import contextlib
 import importlib
-import json
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -24,138 +22,142 @@ from conftest import COUNTS, ROOT, critter, written
 if not hasattr(os, "fork"):
     pytest.skip("this system cannot fork processes", allow_module_level=True)
 
-
-class Server:
-    """Starts processes of the scripts without their seconds of imports."""
-
-    def __init__(self):
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("server.py")], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    def start(self, folder, script, *args, **stop):
-        """Start a script in `folder`; returns its process's number."""
-        self.err = folder / "stderr.txt"
-        request = {"script": script, "args": list(map(str, args)), "folder": str(folder), "err": str(self.err), **stop}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["pid"]
-
-    def wait(self):
-        """Its exit code, -9 if it was killed, and what it did to files, in order."""
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["touched"]
-
-    def run(self, folder, script, *args, **stop):
-        self.start(folder, script, *args, **stop)
-        return self.wait()
+PHASES = {  # script -> what the paths of each phase's files match, in the order of the work: how often they are touched
+    "generate_grids": {r"settings\.json": 4, r"out/grids\.jsonl": 4, r"00000\d\.png\.part": 9, r"overview\.png": 4},
+    "curate": {r"images/\d+_\d\.png\.part": 40, r"transcripts/00000\d": 8, r"metadata\.jsonl": 4,
+               r"summary\.json": 4, r"(accepted|rejected)\.png": 4},
+    "finetune": {r"cache/.*\.part": 4, r"log\.jsonl": 4, r"checkpoint/.*\.part": 4, r"validation/step_000003": 4,
+                 r"training_state\.pt": 4, r"validation/step_000006": 4, r"out/pytorch_lora_weights": 1,
+                 r"loss\.png": 4},
+    "sample": {r"details\.json": 3, r"000\d\.png\.part": 12, r"contact_sheet\.png": 4},
+    "evaluate": {r"rows/.*000\d\.png\.part": 4, r"rows/.*000\d\.json": 4, r"table\.md": 4, r"scores\.json": 4,
+                 r"scatter\.png": 4, r"contact_sheet\.png": 4},
+    "pretrain": {r"judge/log\.jsonl": 4, r"judge/checkpoint\.pt": 6, r"out/judge": 4}}
+SCRIPTS = {name: importlib.import_module(name) for name in PHASES}
 
 
+# ---- processes: forked from one that has imported this file, which saves each the seconds of the imports -------------
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    forkserver.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("OMP_NUM_THREADS", "1")  # a process with threads cannot be forked safely
+        forkserver.ensure_running()
+
+
+def child(folder, script, args, signal=None, match=None, nth=0):
+    """Run a script in `folder`, noting there what it prints and what it does to files ("write": it may change one)."""
+    seen = 0
+
+    def watch(event, args):
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not isinstance(args[0], (str, os.PathLike)):
+            return
+        path = str(args[1] if event == "os.rename" else args[0])
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        os.write(touched, f"{'write' if writes else event} {path}\n".encode())
+        if match and re.search(match, path):
+            seen += 1
+            if seen == nth:
+                os.kill(os.getpid(), signal)
+
+    os.chdir(folder)
+    printed, touched = (os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("printed", "touched"))
+    for stream in (1, 2):
+        os.dup2(printed, stream)
+    sys.argv = [f"{script}.py", *args, "--out", f"{folder}/out"]
+    sys.addaudithook(watch)
+    dsd.run_main(SCRIPTS[script].main)
+
+
+def start(folder, script, args, **stop):
+    """A process of a script. It sends itself `signal` just before the `nth` time that it touches a path of `match`."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=child, args=(folder, script, list(map(str, args))), kwargs=stop)
+    process.start()
+    return process
+
+
+def end(process, folder):
+    """Wait for it: its exit code, -9 if it was killed, what it printed, and what it did to files, in order."""
+    process.join()
+    return process.exitcode, (folder / "printed").read_text(), (folder / "touched").read_text().splitlines()
+
+
+def check_that_it_ends_as_if_never_stopped(script, folder, whole):
+    _, printed, _ = end(start(folder, script, whole[script][0]), folder)
+    assert written(folder / "out") == whole[script][1], printed
+
+
+# ---- what the steps draw is of no matter here: as little work as touches every kind of file --------------------------
 @pytest.fixture(scope="session")
-def server():
-    server = Server()
-    yield server
-    server.process.kill()
-    server.process.wait()
-
-
-# what the steps draw is of no matter here: as little work as touches every kind of file
-PHASES = {  # script -> the files of each phase, in the order of the work, and how often it touches them at least
-    "generate_grids": [("settings", r"settings\.json", 4), ("records", r"grids/grids\.jsonl", 4),
-                       ("grids", r"00000\d\.png\.part", 9), ("overview", r"overview\.png", 4)],
-    "curate": [("panels", r"images/\d+_\d\.png\.part", 40), ("transcripts", r"transcripts/00000\d", 8),
-               ("metadata", r"metadata\.jsonl", 4), ("summary", r"summary\.json", 4),
-               ("sheets", r"(accepted|rejected)\.png", 4)],
-    "finetune": [("cache", r"cache/.*\.part", 4), ("log", r"log\.jsonl", 4),
-                 ("first checkpoint", r"checkpoint/.*\.part", 4),
-                 ("validation", r"validation/step_000003", 4), ("state", r"training_state\.pt", 4),
-                 ("last validation", r"validation/step_000006", 4), ("adapter", r"adapter/pytorch_lora_weights", 1),
-                 ("loss", r"loss\.png", 4)],
-    "sample": [("details", r"details\.json", 3), ("pictures", r"000\d\.png\.part", 12),
-               ("contact sheet", r"contact_sheet\.png", 4)],
-    "evaluate": [("pictures", r"rows/.*000\d\.png\.part", 4), ("scores", r"rows/.*000\d\.json", 4),
-                 ("table", r"table\.md", 4),
-                 ("summary", r"scores\.json", 4), ("scatter", r"scatter\.png", 4), ("sheet", r"contact_sheet\.png", 4)],
-    "pretrain": [("log", r"judge/log\.jsonl", 4), ("checkpoint", r"judge/checkpoint\.pt", 6),
-                 ("export", r"models/judge", 4)],
-}
-OUT = {"generate_grids": "grids", "curate": "pairs", "finetune": "adapter", "sample": "samples",
-       "evaluate": "evaluation",
-       "pretrain": "models"}
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory, server, flux, vlm, pairs):
-    """Uninterrupted runs: {script: (arguments without --out, the files of its output folder, seconds)}."""
-    folder, found = tmp_path_factory.mktemp("whole"), {}
-    judge, critters = ROOT / "miniature" / "judge", [folder / f"critter {i}.png" for i in (0, 1)]
+def whole(tmp_path_factory, flux, vlm, pairs):
+    """Uninterrupted runs: {script: (arguments, the files of its output folder, seconds)}."""
+    root, found = tmp_path_factory.mktemp("whole"), {}
+    critters = [root / f"critter {i}.png" for i in (0, 1)]
     for i, file in enumerate(critters):
         critter(4000, [i, 0, 0]).save(file)
     arguments = {
         "generate_grids": ["--model", flux, "--count", 5, "--steps", 1, "--batch_size", 2],
-        "curate": ["--vlm", vlm, "--grids", folder / "grids", "--tolerance", 9, "--batch_size", 12],
-        # two grids at a time
+        "curate": ["--vlm", vlm, "--grids", root / "generate_grids" / "out", "--tolerance", 9, "--batch_size", 12],
         "finetune": ["--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 2, "--batch_size", 1, "--save_every", 2,
                      "--validate_every", 3, "--image_guidance", 1, "--text_guidance", 1],
-        "sample": ["--model", flux, "--adapter", folder / "adapter", "--enhance", vlm, "--image", *critters, "--steps",
-                   1,
-                   "--prompt", "a critter in space", "a {name} in a cave", "--seed", 0, 1, "--batch_size", 3],
-        "evaluate": ["--model", flux, "--vlm", vlm, "--judge", judge, "--rows", "prompt alone", "reference copied",
-                     "--references", 1, "--prompts", 1, "--steps", 1],
+        "sample": ["--model", flux, "--adapter", root / "finetune" / "out", "--enhance", vlm, "--image", *critters,
+                   "--steps", 1, "--prompt", "a critter in space", "a {name} in a cave", "--seed", 0, 1,
+                   "--batch_size", 3],
+        "evaluate": ["--model", flux, "--vlm", vlm, "--judge", ROOT / "miniature" / "judge", "--rows", "prompt alone",
+                     "reference copied", "--references", 1, "--prompts", 1, "--steps", 1],
         "pretrain": ["judge", "--steps", 6, "--batch_size", 4, "--save_minutes", 0]}  # its checkpoints are in runs/
     for script, args in arguments.items():
-        out = folder / OUT[script]
-        server.start(folder, script, *args, "--out", out)
-        begun, (code, touched) = time.time(), server.wait()
-        said = server.err.read_text()
-        assert code == 0 or "pairs was accepted" in said, said  # a VLM of random weights accepts nothing
-        half = [line for line in touched if line.startswith(f"write {out}/") and not re.search(r"\.lock$|\.part", line)]
-        assert not half  # files are written aside and renamed: they are whole or absent
-        found[script] = args, written(out), time.time() - begun
+        (folder := root / script).mkdir()
+        process, begun = start(folder, script, args), time.time()
+        code, printed, touched = end(process, folder)
+        assert code == 0, printed
+        assert not [line for line in touched if re.match(f"write {folder}/out/", line)
+                    and not re.search(r"\.lock$|\.part", line)]  # files are written aside: they are whole or absent
+        found[script] = args, written(folder / "out"), time.time() - begun
     return found
 
 
 @pytest.mark.parametrize("script", PHASES)
-def test_killed_twice_in_each_phase_the_same_command_ends_with_the_same_bytes(script, server, whole, tmp_path):
-    (args, wanted, _), out, draw = whole[script], tmp_path / OUT[script], random.Random(script)
-    for name, pattern, times in PHASES[script]:
+def test_killed_twice_in_each_phase_the_same_command_ends_with_the_same_bytes(script, whole, tmp_path):
+    (args, wanted, _), draw = whole[script], random.Random(script)
+    for match, times in PHASES[script].items():
         for nth in (draw.randint(1, (times + 1) // 2), 1):  # the second time just where the work is taken up again
-            code, touched = server.run(tmp_path, script, *args, "--out", out, signal=signal.SIGKILL, match=pattern,
-                                       nth=nth)
-            assert code == -signal.SIGKILL and re.search(pattern,
-                                                         touched[-1]), f"{name}: {code}\n{server.err.read_text()}"
+            process = start(tmp_path, script, args, signal=signal.SIGKILL, match=match, nth=nth)
+            code, printed, touched = end(process, tmp_path)
+            assert code == -signal.SIGKILL and re.search(match, touched[-1]), f"{match}: {code}\n{printed}"
             COUNTS["interruptions"] += 1
-    assert written(out) != wanted  # there was something left to do
-    server.run(tmp_path, script, *args, "--out", out)
-    assert written(out) == wanted, server.err.read_text()
+    assert written(tmp_path / "out") != wanted  # there was something left to do
+    check_that_it_ends_as_if_never_stopped(script, tmp_path, whole)
 
 
 @pytest.mark.parametrize("script", PHASES)
-def test_killed_at_random_times_the_same_command_ends_with_the_same_bytes(script, server, whole, tmp_path):
+def test_killed_at_random_times_the_same_command_ends_with_the_same_bytes(script, whole, tmp_path):
     """A kill may come while a file is being written, or after the end: then nothing may change any more."""
-    (args, wanted, seconds), out, draw = whole[script], tmp_path / OUT[script], random.Random(script)
+    (args, _, seconds), draw = whole[script], random.Random(script)
     for _ in range(3):
-        process = server.start(tmp_path, script, *args, "--out", out)
+        process = start(tmp_path, script, args)
         time.sleep(draw.uniform(0, seconds))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        COUNTS["interruptions"] += server.wait()[0] == -signal.SIGKILL
-    server.run(tmp_path, script, *args, "--out", out)
-    assert written(out) == wanted, server.err.read_text()
+        process.kill()
+        process.join()
+        COUNTS["interruptions"] += process.exitcode == -signal.SIGKILL
+    check_that_it_ends_as_if_never_stopped(script, tmp_path, whole)
 
 
 @pytest.mark.parametrize("script", PHASES)
-def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(script, server, whole, tmp_path, call,
-                                                                                         monkeypatch):
+def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(script, whole, tmp_path, call,
+                                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (args, wanted, _), out = whole[script], tmp_path / OUT[script]
-    process = server.start(tmp_path, script, *args, "--out", out, signal=signal.SIGSTOP, match=PHASES[script][1][1],
-                           nth=1)
+    args, second_phase = whole[script][0], list(PHASES[script])[1]
+    process = start(tmp_path, script, args, signal=signal.SIGSTOP, match=second_phase, nth=1)
     try:
-        while psutil.Process(process).status() != psutil.STATUS_STOPPED:
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(.01)
-        code, _, err = call(importlib.import_module(script), *args, "--out", out)
+        code, _, err = call(SCRIPTS[script], *args, "--out", tmp_path / "out")
         assert code == 2 and "is in use by another process" in err
     finally:
-        os.kill(process, signal.SIGCONT)
-    server.wait()
-    assert written(out) == wanted, server.err.read_text()
+        os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert written(tmp_path / "out") == whole[script][1]
