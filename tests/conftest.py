@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import FluxControlPipeline, FluxTransformer2DModel
 from PIL import Image
 
+import curate
 import world
 
 COUNTS = collections.Counter()  # what was tried, for the README
@@ -33,13 +34,11 @@ def pytest_terminal_summary(terminalreporter):
 # ---- models and data -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def flux():
-    """The miniature's FLUX folder."""
     return ROOT / "miniature" / "flux"
 
 
 @pytest.fixture(scope="session")
 def vlm():
-    """The miniature's LLaVA folder."""
     return ROOT / "miniature" / "vlm"
 
 
@@ -96,18 +95,15 @@ def pairs(tmp_path_factory):
     """A folder as curate.py writes it: 8 ordered pairs of critters from 4 grids, each subject in two settings."""
     folder, records = tmp_path_factory.mktemp("pairs"), []
     (folder / "images").mkdir()
-    for number in range(4):
-        contexts = [(number, 0, 0), (7 - number, 2, 3)]
-        files = [f"images/{number:06d}_{panel}.png" for panel in (0, 1)]
-        for file, context in zip(files, contexts):
-            critter(1234 + number, context).save(folder / file)
-        for a, b in ((0, 1), (1, 0)):
-            records.append({
-                "reference_file_name": files[a], "target_file_name": files[b], "subject": "critter",
-                "family": "subject",
-                "prompt": world.panel_caption(world.identity_of([1234 + number])[0], contexts[b]), "grid": number,
-                "reference_panel": a, "target_panel": b})
-    dsd.write_json(folder / "metadata.jsonl", records)
+    for grid in range(4):
+        contexts = {0: (grid, 0, 0), 1: (7 - grid, 2, 3)}
+        for panel, context in contexts.items():
+            critter(1234 + grid, context).save(folder / curate.panel_file(grid, panel))
+        identity, = world.identity_of([1234 + grid])
+        captions = {str(panel): world.panel_caption(identity, context) for panel, context in contexts.items()}
+        records.append({"grid": grid, "panels": [0, 1], "subject": "critter", "family": "subject", "verdict": "yes",
+                        "captions": captions})
+    dsd.write_json(folder / "metadata.jsonl", curate.training_pairs(records))
     return folder
 
 
@@ -148,13 +144,13 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="session")
 def commands(flux, vlm, pairs, reference):
     """The four steps at tiny settings: {script: its arguments}. The training is on rendered pairs."""
-    return {name: list(map(str, args)) for name, args in {
+    return {
         "generate_grids": ["--model", flux, "--count", 6, "--steps", 4, "--batch_size", 2],
         "curate": ["--vlm", vlm, "--tolerance", 9, "--batch_size", 12],
         "finetune": ["--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 4, "--batch_size", 2, "--save_every", 4,
                      "--validate_every", 3, "--precision", "no"],
         "sample": ["--model", flux, "--image", reference, "--steps", 3, "--batch_size", 2, "--seed", 0, 1, "--prompt",
-                   "a {name} in space at noon", "a critter in a cave"]}.items()}
+                   "a {name} in space at noon", "a critter in a cave"]}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import dsd  # noqa: E402; first: see its head
 
 from accelerate import PartialState  # noqa: E402
 
-BATCHES = {"generate_grids": "draw_grids", "curate": "curate_batch", "finetune": "draw_batch", "sample": "draw_pictures"}
+BATCHES = {"generate_grids": "draw_grids", "curate": "curate_batch", "finetune": "draw_batch",
+           "sample": "draw_pictures"}
 task, counts = json.loads(sys.argv[1]), collections.Counter()
 for script, *args in task["commands"]:
     module = importlib.import_module(script)
@@ -25,7 +26,7 @@ for script, *args in task["commands"]:
         setattr(module, BATCHES[script], counted)
     if PartialState._shared_state:  # the main process of the step before writes last
         PartialState().wait_for_everyone()
-    sys.argv = [script, *args]
+    sys.argv = [script, *map(str, args)]
     try:
         dsd.run_main(module.main)
     except SystemExit as stop:  # --help ends so

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COUNTS, critter, give_random_weights, noise_image, random_transformer, run_script
-from diffusers import FluxControlPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load, save
@@ -48,8 +47,9 @@ def check(result, words):
     assert "Traceback" not in err and not TRACE.exists()
 
 
-def adapted(transformer, rank=2):
-    return give_random_weights(dsd.add_lora(dsd.widen(transformer), rank))
+def save_narrow_adapter(folder, rank=2):
+    """An adapter for a smaller model than the miniature."""
+    dsd.save_adapter(give_random_weights(dsd.add_lora(dsd.widen(random_transformer()), rank)), folder, {})
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
@@ -57,14 +57,9 @@ def cut(data):
     return data[:len(data) // 2]
 
 
-def tensors(change):
+def tensors(change=lambda old: old, **metadata):
     """A change of a safetensors file, from a change of its {name: tensor}."""
-    return lambda data: save(change(load(data)), {"format": "pt"})
-
-
-def facts(value):
-    """A change of what an adapter says about itself."""
-    return lambda data: save(load(data), {"lora_adapter_metadata": json.dumps({"dsd": value})})
+    return lambda data: save(change(load(data)), {"format": "pt", **metadata})
 
 
 ARGS = {generate_grids: "--model flux --count 1 --steps 1", curate: "--grids grid --vlm vlm",
@@ -72,11 +67,12 @@ ARGS = {generate_grids: "--model flux --count 1 --steps 1", curate: "--grids gri
         sample: "--model flux --image good.png --prompt critter --steps 1 --adapter good"}
 SOUND = {"--model": "flux", "--grids": "grid", "--vlm": "vlm", "--pairs": "pairs", "--adapter": "good",
          "--image": "good.png", "--prompts": "good.png", "--out": "empty"}  # files and folders of the fixture
-MODELS, WEIGHTS = (generate_grids, finetune, sample), "transformer/diffusion_pytorch_model.safetensors"
+MODELS, WEIGHTS = (generate_grids, finetune, sample), "transformer/*.safetensors"
 ADAPTER, LAYER = dsd.ADAPTER_FILE, "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"
 GRID = {"file": "000000.png", "prompt": "p", "subject": "s", "family": "subject", "rows": 2, "columns": 2}
 PAIR = {"reference_file_name": "images/000000_0.png", "target_file_name": "images/000000_1.png", "prompt": "a critter"}
 BOMB, GARBAGE = pickle.dumps(Bomb()), (b"no JSON\n", b"[" * 100_000, b"\0\1\n")
+NAN = tensors(lambda old: {name: tensor * torch.nan for name, tensor in old.items()})
 TABLE = [
     # Scripts, option, values that are each refused, words that the line must hold ({} is the value). A value that is no
     # text stands for a file or a folder: a copy of the option's sound one in which these files have another content,
@@ -100,8 +96,7 @@ TABLE = [
     (generate_grids, "--model", [{"tokenizer_2": None}, {WEIGHTS: cut}, {WEIGHTS: BOMB},
                                  {WEIGHTS: None, "transformer/diffusion_pytorch_model.bin": BOMB}], "cannot load {}"),
     (finetune, "--model", [{"transformer": None}, {WEIGHTS: cut}, {WEIGHTS: BOMB}], "{}"),
-    ((generate_grids, sample), "--model", [{"vae/diffusion_pytorch_model.safetensors": tensors(
-        lambda old: {name: t * torch.nan for name, t in old.items()})}], "not finite ... check the weights"),
+    ((generate_grids, sample), "--model", [{"vae/*.safetensors": NAN}], "not finite ... check the weights"),
     (generate_grids, "--model", [{"dsd.json": b"{"}], "{}/dsd.json: not a JSON file"),
     (generate_grids, "--model", [{"dsd.json": {"generate_grids": {"panel": "many"}}}], "--panel ... many"),
     (generate_grids, "--model", [{"dsd.json": {"generate_grids": value}} for value in ([1], {"panel": [32]})],
@@ -114,12 +109,13 @@ TABLE = [
     (sample, "--enhance", ["nowhere"], "no model folder {}"),
     (sample, "--enhance", ["chat"], "cannot load {} as a vision-language model"),
     # adapters
-    (sample, "--adapter", ["narrow", {ADAPTER: cut}, {ADAPTER: BOMB},
-                           {ADAPTER: tensors(lambda old: old | {LAYER: old[LAYER].repeat(2, 1)})},
-                           {ADAPTER: tensors(lambda old: old | {name.replace("s.0", "s.77"): old[name].clone() for name in old})},
-                           {ADAPTER: facts([])}, {ADAPTER: facts({"width": [32]})}, {ADAPTER: facts({"frames": 3})},
-                           {ADAPTER: facts({"prompt_tokens": "x"})}], f"{{}}/{ADAPTER} ... does not fit this model"),
-    (sample, "--adapter", [{ADAPTER: tensors(lambda old: old | {LAYER: old[LAYER] * torch.nan})}], "not finite"),
+    (sample, "--adapter", ["narrow", *({ADAPTER: change} for change in (
+        cut, BOMB, tensors(lambda old: old | {LAYER: old[LAYER].repeat(2, 1)}),
+        tensors(lambda old: old | {name.replace("blocks.0", "blocks.77"): old[name].clone() for name in old})))],
+     f"{{}}/{ADAPTER} ... does not fit this model"),
+    (sample, "--adapter", [{ADAPTER: tensors(lora_adapter_metadata=json.dumps({"dsd": facts}))} for facts in (
+        [], {"width": [32]}, {"frames": 3}, {"prompt_tokens": "x"})], f"{{}}/{ADAPTER} ... does not fit this model"),
+    (sample, "--adapter", [{ADAPTER: NAN}], "not finite"),
     (sample, "--adapter", [{ADAPTER: tensors(lambda old: {name: old[name] for name in old if "embed" not in name})}],
      "ordinary LoRA"),
     (sample, "--adapter", ["empty", "nowhere", {ADAPTER: None, "pytorch_lora_weights.bin": BOMB}], "no adapter"),
@@ -138,19 +134,16 @@ TABLE = [
     (finetune, "--pairs", [{"images/000001_0.png": data} for data in (cut, None)], "{}/images/000001_0.png"),
     (finetune, "--pairs", ["odd"], "36 x 36 pixels ... multiples of 8"),
     # numbers and options
-    *((scripts, option, values.split(), option) for scripts, option, values in (
-        (generate_grids, "--steps", "0 -3 1.5 many"), (generate_grids, "--count", "0"),
-        (generate_grids, "--seed", f"-1 {10**30}"), (generate_grids, "--guidance_scale", "nan -1"),
-        (generate_grids, "--family", "twins"), (generate_grids, "--color", "red"), (generate_grids, "--step", "3"),
-        (curate, "--batch_size", "0"), (curate, "--tolerance", "-1"), (curate, "--caption", "poem"),
-        (curate, "--max_new_tokens", "0"), (finetune, "--rank", "0 10000"), (finetune, "--shift", "0"),
-        (finetune, "--learning_rate", "-1 inf"), (finetune, "--precision", "fp8"), (finetune, "--save_every", "0"),
-        (finetune, "--accumulate", "0"), (finetune, "--frames", "3"), (finetune, "--prompt_dropout", "2"),
-        (sample, "--width", "0"), (sample, "--seed", "-5"), (sample, "--image_guidance", "inf"),
-        (sample, "--fit", "stretch"), (sample, "--device", "abacus"), (tuple(ARGS), "--device", "cuda"))),
+    *((script, "", [given], given.split("=")[0]) for script, options in (
+        (generate_grids, f"--steps=0 --steps=-3 --steps=1.5 --steps=many --count=0 --seed=-1 --seed={10**30} --step=3 "
+                         "--guidance_scale=nan --guidance_scale=-1 --family=twins --color=red --device=cuda"),
+        (curate, "--batch_size=0 --tolerance=-1 --caption=poem --max_new_tokens=0 --device=cuda"),
+        (finetune, "--rank=0 --rank=10000 --shift=0 --learning_rate=-1 --learning_rate=inf --precision=fp8 "
+                   "--save_every=0 --accumulate=0 --frames=3 --prompt_dropout=2 --device=cuda"),
+        (sample, "--width=0 --seed=-5 --image_guidance=inf --fit=stretch --device=abacus --device=cuda --model"))
+      for given in options.split()),
     (generate_grids, "--panel", ["33"], "33 x 33 pixels ... multiples of 8"),
     *((sample, side, ["35"], "35 ... multiples of 8") for side in ("--width", "--height")),
-    (sample, "", ["--model"], "--model"),
     (finetune, "--frame_weights 0", ["0"], "--frame_weights"),
     # output folders
     *((script, "--out", [{"settings.json": {"step": script.__name__, "seed": 77}, "a.png": b""}], "holds another run")
@@ -164,10 +157,10 @@ CASES = [(script, option, value, words) for scripts, option, values, words in TA
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory, pairs):
+def sound(tmp_path_factory, flux, vlm, pairs):
     """A folder of things that can be used, and of a few that cannot, to which no test may do any harm."""
     folder = tmp_path_factory.mktemp("sound")
-    for name, target in (("flux", dsd.MINIATURE / "flux"), ("vlm", dsd.MINIATURE / "vlm"), ("pairs", pairs)):
+    for name, target in (("flux", flux), ("vlm", vlm), ("pairs", pairs), ("good", dsd.MINIATURE / "adapter")):
         (folder / name).symlink_to(target)
     (folder / "empty").mkdir()
     critter(7, [1, 0, 0]).save(folder / "good.png")
@@ -178,9 +171,7 @@ def sound(tmp_path_factory, pairs):
     shutil.copytree(pairs, folder / "odd")
     for file in (folder / "odd" / "images").iterdir():
         critter(7, [1, 0, 0]).resize((36, 36)).save(file)
-    dsd.save_adapter(adapted(dsd.load_pipeline(FluxControlPipeline, dsd.MINIATURE / "flux").transformer),
-                     folder / "good", {})
-    dsd.save_adapter(adapted(random_transformer()), folder / "narrow", {})
+    save_narrow_adapter(folder / "narrow")
     tokenizer = models.vlm_tokenizer(["a", "fox"])
     tokenizer.chat_template = models.VLM_TEMPLATE
     tokenizer.save_pretrained(folder / "chat")
@@ -189,33 +180,22 @@ def sound(tmp_path_factory, pairs):
     return folder
 
 
-def lines(*records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+def change_files(path, changes):
+    """Change files of the folder `path`, or the file `path` itself, as TABLE describes it."""
+    for name, new in changes.items() if isinstance(changes, dict) else [("", changes)]:
+        for file in list(path.glob(name)) if "*" in name else [path / name]:
+            old = file.read_bytes() if file.is_file() else b"{}"
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            if isinstance(new, (dict, list)):
+                dsd.write_json(file, json.loads(old) | new if isinstance(new, dict) else new)
+            elif new is not None:
+                file.write_bytes(new(old) if callable(new) else new)
 
 
-def changed_copy(source, path, change):
-    """Copy a file, or a folder as links, to `path`, with a change that TABLE describes."""
-    if not isinstance(change, dict):
-        shutil.copy(source, path)
-        change = {"": change}
-    else:
-        shutil.copytree(source, path, copy_function=os.symlink)
-    for name, new in change.items():
-        file = path / name
-        old = file.read_bytes() if file.is_file() else b"{}"
-        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-        if callable(new):
-            new = new(old)
-        elif isinstance(new, (list, dict)):
-            new = lines(*new) if isinstance(new, list) else lines(json.loads(old) | new)
-        if new is not None:
-            file.write_bytes(new)
-
-
-def files_in(*folders):
-    """Every file below some folders as it is: {file: (size, time of the last change)}."""
-    return {file: (file.lstat().st_size, file.lstat().st_mtime_ns) for folder in folders for file in folder.rglob("*")
-            if not file.is_dir() and file.name != ".lock"}
+def contents(*folders):
+    """Every file below some folders, but for locks: {file: its bytes}."""
+    return {file: file.read_bytes() for folder in folders for file in folder.rglob("*")
+            if file.is_file() and file.name != ".lock"}
 
 
 @pytest.mark.parametrize("script, option, value, words", CASES, ids=[
@@ -225,11 +205,13 @@ def test_bad_input_is_one_line_and_code_2_and_harms_nothing(script, option, valu
     monkeypatch.chdir(sound)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if not isinstance(value, str):
-        changed_copy(Path(SOUND[option.split()[0]]).resolve(), tmp_path / "broken", value)
-        value = str(tmp_path / "broken")
-    before, out = files_in(sound, tmp_path), tmp_path / "out"
+        source, copy = sound / SOUND[option.split()[0]], tmp_path / "broken"
+        shutil.copytree(source, copy, copy_function=os.symlink) if source.is_dir() else shutil.copy(source, copy)
+        change_files(copy, value)
+        value = str(copy)
+    before, out = contents(sound, tmp_path), tmp_path / "out"
     check(call(script, "--out", out, *ARGS[script].split(), *option.split(), value), words.replace("{}", value))
-    after = files_in(sound, tmp_path)
+    after = contents(sound, tmp_path)
     for file in after.keys() - before.keys():  # what was planned or encoded may stay
         assert file in (out / "settings.json", out / "grids.jsonl") or file.parent == out / "cache"
     assert {file: after.get(file) for file in before} == before
@@ -242,7 +224,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def test_a_model_without_defaults_needs_what_it_does_not_bring(sound, tmp_path, monkeypatch, call):
     monkeypatch.chdir(sound)
-    changed_copy(Path("flux").resolve(), model := tmp_path / "model", {"dsd.json": None})
+    model = shutil.copytree("flux", tmp_path / "model", ignore=lambda *_: ["dsd.json"])
     for given, words in (("", "no adapter"), ("--adapter good", "--prompt"),
                          ("--adapter good --prompt a --width 32 --height 32", "--image")):
         check(call(sample, "--model", model, *given.split(), "--out", tmp_path / "out"), words)
@@ -253,18 +235,16 @@ def test_what_may_not_be_read_or_written_is_named(call):
     with tempfile.TemporaryDirectory() as public, contextlib.ExitStack() as stack:  # pytest's own is closed to others
         secret, out, new = (Path(public) / name for name in ("secret.png", "out", "new"))
         critter(7, [1, 0, 0]).save(secret)
-        secret.chmod(0)
         out.mkdir()
-        for folder in (out, out.parent):
-            folder.chmod(0o555)
+        for path, rights in ((secret, 0), (out, 0o555), (out.parent, 0o555)):
+            path.chmod(rights)
         if os.geteuid() == 0:  # root may do everything: for a moment nobody in particular
             os.seteuid(65534)
             stack.callback(os.seteuid, 0)
-        check(call(lambda: dsd.open_image(secret)), "secret.png ... Permission denied")
-        for path in (out, new):
-            check(call(lambda: dsd.open_out(argparse.Namespace(out=path), "sample", [])),
-                  f"{path} ... Permission denied")
-        assert set(out.parent.iterdir()) == {out, secret} and not list(out.iterdir())
+        check(call(lambda: dsd.open_image(secret)), f"{secret} ... Permission denied")
+        for out in (out, new):
+            check(call(lambda: dsd.open_out(argparse.Namespace(out=out), "sample", [])), f"{out} ... Permission denied")
+        assert {file.name for file in Path(public).rglob("*")} == {"out", "secret.png"}
 
 
 @contextlib.contextmanager
@@ -278,21 +258,11 @@ def room(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def contents(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def write_state(path, n):
-    with dsd.writing(path) as part:
-        torch.save({"parameters": [torch.zeros(100 * n)]}, part)
-
-
 WRITERS = {  # everything that writes a file: larger with a larger n
     "whole.jsonl": lambda path, n: dsd.write_json(path, [{"n": n}] * n),
     "image.png": lambda path, n: dsd.save_image(noise_image(n, 10), path),
     "sheet.png": lambda path, n: dsd.contact_sheet([[(noise_image(n, 10), str(n))]], path),
-    dsd.ADAPTER_FILE: lambda path, n: dsd.save_adapter(adapted(random_transformer(), 2 + n // 20), path.parent, {}),
-    "state.pt": write_state}
+    ADAPTER: lambda path, n: save_narrow_adapter(path.parent, rank=2 + n // 20)}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -312,6 +282,9 @@ def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_half_written(nam
     assert contents(tmp_path) != before
 
 
+STATE, TRANSCRIPT = "checkpoint/training_state.pt", "transcripts/000000.json"
+
+
 @pytest.fixture
 def start(flux, pairs, sound, monkeypatch):
     """How to start a short training, and a curation whose VLM is of no help: {script: arguments for `call`}."""
@@ -325,13 +298,13 @@ def start(flux, pairs, sound, monkeypatch):
 def test_a_script_on_a_full_disk_goes_on_when_there_is_room(start, tmp_path, call):
     whole, full = tmp_path / "whole", tmp_path / "full"
     assert call(*start[finetune], "--out", whole)[0] == 0
-    for file in (next((whole / "cache").iterdir()), whole / "checkpoint" / dsd.ADAPTER_FILE):
-        with room(file.stat().st_size - 1):  # while encoding, while saving
+    for pattern, name in (("cache/*", "cache"), (f"checkpoint/{ADAPTER}", ADAPTER), (STATE, STATE)):  # in this order
+        with room(next(whole.glob(pattern)).stat().st_size - 1):
             result = call(*start[finetune], "--out", full)
-        check(result, f"{file.parent.name} ... make room")
+        check(result, f"{name} ... make room")
     assert not list(full.rglob("*.part"))
     assert call(*start[finetune], "--out", full)[0] == 0
-    assert (full / dsd.ADAPTER_FILE).read_bytes() == (whole / dsd.ADAPTER_FILE).read_bytes()
+    assert (full / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
 # ---- a run that cannot go on -----------------------------------------------------------------------------------------
@@ -342,27 +315,19 @@ def test_no_accepted_pair_says_so_and_keeps_the_answers(start, tmp_path, call):
     check(call(finetune, "--pairs", tmp_path, "--out", tmp_path / "adapter"), "no pairs")
 
 
-STATE, TRANSCRIPT = "checkpoint/training_state.pt", "transcripts/000000.json"
-DAMAGE = [  # script, files in the folder that it has written, their contents after the damage, words
-    (finetune, STATE, lambda data: data[:-10], "training_state.pt ... delete"),
-    (finetune, STATE, lambda data: b"", "training_state.pt ... delete"),
-    (finetune, STATE, lambda data: BOMB, "training_state.pt ... delete"),
-    (finetune, "cache/*", lambda data: data[:-10], "cache ... delete"),
-    (finetune, "cache/*", lambda data: save({name: t * torch.nan for name, t in load(data).items()}),
-     "not finite at step 2 ... checkpoint is kept ... --learning_rate"),
-    (curate, TRANSCRIPT, lambda data: b"nonsense", f"{TRANSCRIPT} ... restore or delete it"),
-    (curate, TRANSCRIPT, lambda data: b"[1]", f"{TRANSCRIPT} ... restore or delete it"),
-    (curate, TRANSCRIPT, lambda data: b'{"picture": ', f"{TRANSCRIPT} ... restore or delete it"),
-    (curate, TRANSCRIPT, lambda data: lines(json.loads(data) | {"pairs": [{}]}), f"{TRANSCRIPT} ... correct it or"),
-    (curate, TRANSCRIPT, lambda data: lines(json.loads(data) | {"pairs": 7}), f"{TRANSCRIPT} ... correct it or")]
+DAMAGE = [  # script, what happens to files that it has written, words
+    *((finetune, {STATE: new}, f"{STATE} ... delete") for new in (cut, b"", BOMB)),
+    (finetune, {"cache/*": cut}, "cache ... delete"),
+    (finetune, {"cache/*": NAN}, "not finite at step 2 ... checkpoint is kept ... --learning_rate"),
+    *((curate, {TRANSCRIPT: new}, f"{TRANSCRIPT} ... restore or delete it") for new in (
+        b"nonsense", b"[1]", b'{"picture": ')),
+    *((curate, {TRANSCRIPT: {"pairs": new}}, f"{TRANSCRIPT} ... correct it or delete it") for new in ([{}], 7))]
 
 
-@pytest.mark.parametrize("script, pattern, change, words", DAMAGE)
-def test_a_run_whose_own_files_are_damaged_stops_and_changes_nothing(script, pattern, change, words, start, tmp_path,
-                                                                     call):
+@pytest.mark.parametrize("script, changes, words", DAMAGE)
+def test_a_run_whose_own_files_are_damaged_stops_and_changes_nothing(script, changes, words, start, tmp_path, call):
     call(*start[script], "--out", tmp_path)
-    for file in tmp_path.glob(pattern):
-        file.write_bytes(change(file.read_bytes()))
+    change_files(tmp_path, changes)
     before = contents(tmp_path)
     check(call(*start[script], "--out", tmp_path, *(["--steps", 4] if script is finetune else [])), words)
     assert contents(tmp_path) == before
@@ -381,24 +346,23 @@ def two_colours(mode="RGB"):
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # a quarter clockwise makes it upright
-UNUSUAL = {  # name -> (file, picture, how to save it, its colours at the left and at the right)
-    "grey": ("a.png", two_colours("L"), {}, [(76,) * 3, (29,) * 3]),
-    "palette": ("a.png", two_colours("P"), {}, [RED, BLUE]),
-    "transparent": ("a.png", Image.new("RGBA", (64, 32)), {}, [(255,) * 3] * 2),
-    "CMYK": ("a.jpg", two_colours("CMYK"), {"quality": 100}, [RED, BLUE]),
-    "16 bits": ("a.png", Image.new("I;16", (64, 32), 32896), {}, [(128,) * 3] * 2),
-    "turned by EXIF": ("a.jpg", two_colours().rotate(90, expand=True), {"quality": 100, "exif": TURNED}, [RED, BLUE]),
-    "animated": ("a.gif", two_colours("P"), {"save_all": True, "append_images": [Image.new("P", (64, 32))]},
-                 [RED, BLUE]),
-    "one pixel": ("a.png", Image.new("RGB", (1, 1), RED), {}, [RED, RED]),
-    "1x10000": ("a.png", Image.new("RGB", (1, 10_000), BLUE), {}, [BLUE, BLUE]),
-    "misnamed": ("a.bmp", two_colours(), {"format": "PNG"}, [RED, BLUE])}
+UNUSUAL = {  # file -> picture, how to save it, its colours at the left and at the right
+    "grey.png": (two_colours("L"), {}, [(76,) * 3, (29,) * 3]),
+    "palette.png": (two_colours("P"), {}, [RED, BLUE]),
+    "transparent.png": (Image.new("RGBA", (64, 32)), {}, [(255,) * 3] * 2),
+    "CMYK.jpg": (two_colours("CMYK"), {"quality": 100}, [RED, BLUE]),
+    "16 bits.png": (Image.new("I;16", (64, 32), 32896), {}, [(128,) * 3] * 2),
+    "turned by EXIF.jpg": (two_colours().rotate(90, expand=True), {"quality": 100, "exif": TURNED}, [RED, BLUE]),
+    "animated.gif": (two_colours("P"), {"save_all": True, "append_images": [Image.new("P", (64, 32))]}, [RED, BLUE]),
+    "one pixel.png": (Image.new("RGB", (1, 1), RED), {}, [RED, RED]),
+    "1x10000.png": (Image.new("RGB", (1, 10_000), BLUE), {}, [BLUE, BLUE]),
+    "misnamed.bmp": (two_colours(), {"format": "PNG"}, [RED, BLUE])}
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_pictures_are_read_as_they_look(name, tmp_path):
+@pytest.mark.parametrize("file", UNUSUAL)
+def test_unusual_pictures_are_read_as_they_look(file, tmp_path):
     COUNTS["unusual inputs"] += 1
-    file, image, options, colours = UNUSUAL[name]
+    image, options, colours = UNUSUAL[file]
     image.save(tmp_path / file, **options)
     opened = dsd.open_image(tmp_path / file)
     assert opened.mode == "RGB" and opened.size == (image.size[::-1] if "exif" in options else image.size)
@@ -408,15 +372,15 @@ def test_unusual_pictures_are_read_as_they_look(name, tmp_path):
     assert dsd.fit_image(opened, 32, 32).size == dsd.fit_image(opened, 32, 32, "pad").size == (32, 32)
 
 
-def test_sample_takes_a_folder_of_them_and_unusual_text(flux, tmp_path, sound, call):
+def test_sample_takes_a_folder_of_them_and_unusual_text(tmp_path, sound, monkeypatch, call):
     COUNTS["unusual inputs"] += 2
-    (tmp_path / "pictures").mkdir()
-    for name, (file, image, options, _) in UNUSUAL.items():
-        image.save(tmp_path / "pictures" / f"{name}{Path(file).suffix}", **options)
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    monkeypatch.chdir(sound)
+    for file, (image, options, _) in UNUSUAL.items():
+        image.save(tmp_path / file, **options)
+    (tmp_path / "notes.txt").write_text("no picture")
     prompt = "ein Wesen \u2014 \u043a\u0440\u0430\u0441\u043d\u044b\u0439 \u732b \U0001f431"
-    code, _, err = call(sample, "--model", flux, "--adapter", sound / "good" / dsd.ADAPTER_FILE, "--steps", 1,
-                        "--prompt", prompt, "--image", tmp_path / "pictures", "--out", tmp_path / "out")
+    code, _, err = call(sample, *ARGS[sample].split(), "--adapter", f"good/{ADAPTER}", "--prompt", prompt, "--image",
+                        tmp_path, "--out", tmp_path / "out")
     assert code == 0 and "unknown to this model" in err and "\u732b" in err, err
     with Image.open(tmp_path / "out" / "0000.png") as image:
         assert json.loads(image.text["dsd"])["prompt"] == prompt

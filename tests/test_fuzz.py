@@ -11,7 +11,6 @@ import json
 import random
 
 import pytest
-import torch
 from conftest import COUNTS, critter, give_random_weights, random_transformer
 from diffusers import FluxControlPipeline
 from peft import get_peft_model_state_dict
@@ -34,22 +33,23 @@ def damage(data, draw):
 
 def bend(records, draw):
     """JSON lines of `records`, damaged in their bytes, or with a field missing or of another value."""
-    records = copy.deepcopy(records)
-    if draw.random() < .3:
-        return damage("".join(json.dumps(record) + "\n" for record in records).encode(), draw)
-    record = draw.choice(records)
-    name = draw.choice(sorted(record))
-    record[name] = draw.choice([None, True, -1, 7.5, 10**40, float("nan"), "", "x.png", "\0", "\ud800", [], {"a": 1}])
+    odd, in_bytes = draw.randrange(len(records)), draw.random() < .3
+    name = draw.choice(sorted(records[odd]))
+    value = draw.choice([None, True, -1, 7.5, 10**40, float("nan"), "", "x.png", "\0", "\ud800", [], {"a": 1}])
+    changed = records[odd] | {name: value}
     if draw.random() < .2:
-        del record[name]
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+        del changed[name]
+    records = records if in_bytes else [*records[:odd], changed, *records[odd + 1:]]
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    return damage(data, draw) if in_bytes else data
 
 
-def refused(load, *args):
-    """What a loader returns, None if it refuses its input in one line; any other exception is a failure."""
+def used(load, argument, file, data):
+    """What a loader makes of a file of this content, None if it refuses it in one line; other exceptions go through."""
     COUNTS["random corruptions"] += 1
+    file.write_bytes(data)
     try:
-        return load(*args)
+        return load(argument)
     except dsd.DsdError as error:
         assert len(str(error).splitlines()) == 1
         return None
@@ -58,36 +58,29 @@ def refused(load, *args):
 @pytest.mark.parametrize("mode, suffix", [(mode, "png") for mode in ("RGB", "P", "RGBA", "L")] + [
     ("RGB", suffix) for suffix in ("jpg", "gif", "webp", "tiff", "bmp")])
 def test_damaged_pictures_are_refused_or_opened(mode, suffix, tmp_path):
-    draw, file, accepted = random.Random(mode + suffix), tmp_path / f"picture.{suffix}", 0
+    draw, file = random.Random(mode + suffix), tmp_path / f"picture.{suffix}"
     critter(7, [1, 0, 0]).convert(mode).save(file)
     sound, data = dsd.open_image(file), file.read_bytes()
-    for _ in range(60):
-        file.write_bytes(damage(data, draw))
-        image = refused(dsd.open_image, file)
-        accepted += image is not None
-        assert image is None or image.mode == "RGB"
-        assert image is None or suffix != "png" or (image.size == sound.size and image.tobytes() == sound.tobytes())
-    assert accepted < 40 or suffix != "png"
+    opened = [used(dsd.open_image, file, file, damage(data, draw)) for _ in range(60)]
+    opened = [image for image in opened if image]
+    assert all(image.mode == "RGB" for image in opened)
+    if suffix == "png":
+        assert len(opened) < 40 and all(image == sound for image in opened)
 
 
 def test_damaged_adapters_are_refused_or_loaded_as_finite_weights_of_the_right_shapes(tmp_path):
-    draw, transformer, accepted = random.Random(1), random_transformer(), 0
+    draw, transformer, file = random.Random(1), random_transformer(), tmp_path / dsd.ADAPTER_FILE
     student = give_random_weights(dsd.add_lora(dsd.widen(copy.deepcopy(transformer)), 2))
     dsd.save_adapter(student, tmp_path, {"frames": 2})
-    wanted, data = get_peft_model_state_dict(student), (tmp_path / dsd.ADAPTER_FILE).read_bytes()
+    wanted, data, accepted = get_peft_model_state_dict(student), file.read_bytes(), 0
     header = 8 + int.from_bytes(data[:8], "little")  # its small first part says what the rest is
-
-    def load():
-        pipe = FluxControlPipeline(None, None, None, None, None, None, copy.deepcopy(transformer))
-        dsd.load_adapter(pipe, tmp_path)
-        return get_peft_model_state_dict(pipe.transformer)
-
     for i in range(100):
+        pipe = FluxControlPipeline(None, None, None, None, None, None, copy.deepcopy(transformer))
         damaged = damage(data, draw) if i % 2 else damage(data[:header], draw) + data[header:]
-        (tmp_path / dsd.ADAPTER_FILE).write_bytes(damaged)
-        found = refused(load)
-        accepted += found is not None
-        assert found is None or all(t.isfinite().all() and t.shape == wanted[name].shape for name, t in found.items())
+        if used(lambda folder: dsd.load_adapter(pipe, folder), tmp_path, file, damaged) is not None:
+            accepted += 1
+            for name, tensor in get_peft_model_state_dict(pipe.transformer).items():
+                assert tensor.isfinite().all() and tensor.shape == wanted[name].shape
     assert 0 < accepted < 60
 
 
@@ -99,11 +92,10 @@ def test_damaged_records_are_refused_or_have_the_right_fields(tmp_path):
     pairs = [{"reference_file_name": "a.png", "target_file_name": f"{i}.png", "prompt": "a fox", "grid": i}
              for i in range(4)]
     for _ in range(300):
-        (tmp_path / "grids.jsonl").write_bytes(bend(grids, draw))
-        (tmp_path / "metadata.jsonl").write_bytes(bend(pairs, draw))
-        for grid in (refused(curate.read_grids, args) or {}).values():
+        for grid in (used(curate.read_grids, args, tmp_path / "grids.jsonl", bend(grids, draw)) or {}).values():
             assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8
             assert all(isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family"))
-        for pair in [pair for part in refused(finetune.read_pairs, args) or [] for pair in part]:
-            assert isinstance(pair["reference_file_name"], str) and isinstance(pair["target_file_name"], str)
-            assert pair["prompt"].strip()
+        for part in used(finetune.read_pairs, args, tmp_path / "metadata.jsonl", bend(pairs, draw)) or []:
+            for pair in part:
+                assert isinstance(pair["reference_file_name"], str) and isinstance(pair["target_file_name"], str)
+                assert pair["prompt"].strip()

@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import time
-from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -39,15 +38,17 @@ SCRIPTS = {name: importlib.import_module(name) for name in PHASES}
 # ---- processes: forked from one that has imported this file, which saves each the seconds of the imports -------------
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    forkserver.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))
         patch.setenv("OMP_NUM_THREADS", "1")  # a process with threads cannot be forked safely
-        forkserver.ensure_running()
+        process = multiprocessing.get_context("forkserver").Process()  # it does nothing but wait for the imports
+        process.start()
+        process.join()
 
 
 def child(folder, script, args, signal=None, match=None, nth=0):
-    """Run a script in `folder`, noting there what it prints and what it does to files ("write": it may change one)."""
+    """Run a script in `folder`, noting there what it does to files: "write" is an open that may change one."""
     seen = 0
 
     def watch(event, args):
@@ -63,31 +64,24 @@ def child(folder, script, args, signal=None, match=None, nth=0):
                 os.kill(os.getpid(), signal)
 
     os.chdir(folder)
-    printed, touched = (os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("printed", "touched"))
-    for stream in (1, 2):
-        os.dup2(printed, stream)
-    sys.argv = [f"{script}.py", *args, "--out", f"{folder}/out"]
+    touched = os.open("touched", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.argv = [f"{script}.py", *map(str, args), "--out", f"{folder}/out"]
     sys.addaudithook(watch)
     dsd.run_main(SCRIPTS[script].main)
 
 
-def start(folder, script, args, **stop):
+def start(*args, **stop):
     """A process of a script. It sends itself `signal` just before the `nth` time that it touches a path of `match`."""
-    process = multiprocessing.get_context("forkserver").Process(
-        target=child, args=(folder, script, list(map(str, args))), kwargs=stop)
+    process = multiprocessing.get_context("forkserver").Process(target=child, args=args, kwargs=stop)
     process.start()
     return process
 
 
-def end(process, folder):
-    """Wait for it: its exit code, -9 if it was killed, what it printed, and what it did to files, in order."""
+def run(folder, script, args, **stop):
+    """Its exit code, -9 if it was killed, and what it did to files, in order."""
+    process = start(folder, script, args, **stop)
     process.join()
-    return process.exitcode, (folder / "printed").read_text(), (folder / "touched").read_text().splitlines()
-
-
-def check_that_it_ends_as_if_never_stopped(script, folder, whole):
-    _, printed, _ = end(start(folder, script, whole[script][0]), folder)
-    assert written(folder / "out") == whole[script][1], printed
+    return process.exitcode, (folder / "touched").read_text().splitlines()
 
 
 # ---- what the steps draw is of no matter here: as little work as touches every kind of file --------------------------
@@ -111,10 +105,8 @@ def whole(tmp_path_factory, flux, vlm, pairs):
         "pretrain": ["judge", "--steps", 6, "--batch_size", 4, "--save_minutes", 0]}  # its checkpoints are in runs/
     for script, args in arguments.items():
         (folder := root / script).mkdir()
-        process, begun = start(folder, script, args), time.time()
-        code, printed, touched = end(process, folder)
-        assert code == 0, printed
-        assert not [line for line in touched if re.match(f"write {folder}/out/", line)
+        begun, (code, touched) = time.time(), run(folder, script, args)
+        assert code == 0 and not [line for line in touched if re.match(f"write {folder}/out/", line)
                     and not re.search(r"\.lock$|\.part", line)]  # files are written aside: they are whole or absent
         found[script] = args, written(folder / "out"), time.time() - begun
     return found
@@ -125,32 +117,32 @@ def test_killed_twice_in_each_phase_the_same_command_ends_with_the_same_bytes(sc
     (args, wanted, _), draw = whole[script], random.Random(script)
     for match, times in PHASES[script].items():
         for nth in (draw.randint(1, (times + 1) // 2), 1):  # the second time just where the work is taken up again
-            process = start(tmp_path, script, args, signal=signal.SIGKILL, match=match, nth=nth)
-            code, printed, touched = end(process, tmp_path)
-            assert code == -signal.SIGKILL and re.search(match, touched[-1]), f"{match}: {code}\n{printed}"
+            code, touched = run(tmp_path, script, args, signal=signal.SIGKILL, match=match, nth=nth)
+            assert code == -signal.SIGKILL and re.search(match, touched[-1]), match
             COUNTS["interruptions"] += 1
     assert written(tmp_path / "out") != wanted  # there was something left to do
-    check_that_it_ends_as_if_never_stopped(script, tmp_path, whole)
+    run(tmp_path, script, args)
+    assert written(tmp_path / "out") == wanted
 
 
 @pytest.mark.parametrize("script", PHASES)
 def test_killed_at_random_times_the_same_command_ends_with_the_same_bytes(script, whole, tmp_path):
     """A kill may come while a file is being written, or after the end: then nothing may change any more."""
-    (args, _, seconds), draw = whole[script], random.Random(script)
+    (args, wanted, seconds), draw = whole[script], random.Random(script)
     for _ in range(3):
         process = start(tmp_path, script, args)
         time.sleep(draw.uniform(0, seconds))
         process.kill()
         process.join()
         COUNTS["interruptions"] += process.exitcode == -signal.SIGKILL
-    check_that_it_ends_as_if_never_stopped(script, tmp_path, whole)
+    run(tmp_path, script, args)
+    assert written(tmp_path / "out") == wanted
 
 
 @pytest.mark.parametrize("script", PHASES)
-def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(script, whole, tmp_path, call,
-                                                                              monkeypatch):
+def test_a_second_process_is_refused_and_the_first_goes_on(script, whole, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, second_phase = whole[script][0], list(PHASES[script])[1]
+    (args, wanted, _), second_phase = whole[script], list(PHASES[script])[1]
     process = start(tmp_path, script, args, signal=signal.SIGSTOP, match=second_phase, nth=1)
     try:
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
@@ -160,4 +152,4 @@ def test_a_second_process_on_the_same_folder_is_refused_and_the_first_goes_on(sc
     finally:
         os.kill(process.pid, signal.SIGCONT)
     process.join()
-    assert written(tmp_path / "out") == whole[script][1]
+    assert written(tmp_path / "out") == wanted

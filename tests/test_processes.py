@@ -102,9 +102,6 @@ def test_sample_draws_each_prompt_and_seed_and_puts_the_settings_into_the_pictur
 
 
 # ---- again, and by two processes -------------------------------------------------------------------------------------
-OTHERS = "evaluate", "ablations", "benchmark", "computed", "measure", "pretrain"
-
-
 def test_no_script_uses_what_only_some_systems_have():
     foreign = r"(?m)^ *(import|from)\b.*\b(fcntl|resource|pwd|grp|termios|msvcrt|winreg)\b|\bsysconf\b"
     for file in [*ROOT.glob("*.py"), *ROOT.glob("miniature/*.py"), *ROOT.glob("notebooks/*.py")]:
@@ -113,7 +110,7 @@ def test_no_script_uses_what_only_some_systems_have():
 
 def drive(folder, commands, *launcher, **env):
     """Some commands, one after the other in one fresh process (or in several): how many batches each process did."""
-    task = json.dumps({"commands": commands, "counts": str(folder / "counts")})
+    task = json.dumps({"commands": commands, "counts": folder / "counts"}, default=str)
     done = subprocess.run([sys.executable, *launcher, ROOT / "tests" / "drive.py", task], cwd=folder,
                           capture_output=True, text=True, timeout=TIMEOUT,
                           env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **env})
@@ -122,8 +119,9 @@ def drive(folder, commands, *launcher, **env):
 
 
 def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, commands, tmp_path):
-    steps = [[script, *args] for script, args in commands.items()] + [[script, "--help"] for script in OTHERS]
-    counts, = drive(tmp_path, steps, PYTHONHASHSEED="77")  # another order of sets
+    steps = [[script, *args] for script, args in commands.items()]
+    others = "evaluate", "ablations", "benchmark", "computed", "measure", "pretrain"
+    counts, = drive(tmp_path, [*steps, *([script, "--help"] for script in others)], PYTHONHASHSEED="77")  # another order of sets
     assert written(tmp_path / "runs") == written(chain[0] / "runs")
     assert counts == {"generate_grids": 3, "curate": 3, "finetune": 6, "sample": 2}
 
