@@ -8,11 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
-import dsd  # noqa: E402; first: see its head
+from conftest import dsd  # which lets Python find the scripts
 
-from accelerate import PartialState  # noqa: E402
+from accelerate import PartialState
 
 BATCHES = {"generate_grids": "draw_grids", "curate": "curate_batch", "finetune": "draw_batch",
            "sample": "draw_pictures"}

@@ -33,13 +33,13 @@ def damage(data, draw):
 
 def bend(records, draw):
     """JSON lines of `records`, damaged in their bytes, or with a field missing or of another value."""
-    odd, in_bytes = draw.randrange(len(records)), draw.random() < .3
-    name = draw.choice(sorted(records[odd]))
-    value = draw.choice([None, True, -1, 7.5, 10**40, float("nan"), "", "x.png", "\0", "\ud800", [], {"a": 1}])
-    changed = records[odd] | {name: value}
-    if draw.random() < .2:
-        del changed[name]
-    records = records if in_bytes else [*records[:odd], changed, *records[odd + 1:]]
+    records, in_bytes = [dict(record) for record in records], draw.random() < .3
+    if not in_bytes:
+        record = draw.choice(records)
+        name = draw.choice(sorted(record))
+        record[name] = draw.choice([None, True, -1, 7.5, 10**40, float("nan"), "", "x", "\0", "\ud800", [], {"a": 1}])
+        if draw.random() < .2:
+            del record[name]
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     return damage(data, draw) if in_bytes else data
 

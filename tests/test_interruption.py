@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -36,17 +37,6 @@ SCRIPTS = {name: importlib.import_module(name) for name in PHASES}
 
 
 # ---- processes: forked from one that has imported this file, which saves each the seconds of the imports -------------
-@pytest.fixture(scope="session", autouse=True)
-def fork_server():
-    multiprocessing.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
-        patch.setenv("OMP_NUM_THREADS", "1")  # a process with threads cannot be forked safely
-        process = multiprocessing.get_context("forkserver").Process()  # it does nothing but wait for the imports
-        process.start()
-        process.join()
-
-
 def child(folder, script, args, signal=None, match=None, nth=0):
     """Run a script in `folder`, noting there what it does to files: "write" is an open that may change one."""
     seen = 0
@@ -77,9 +67,8 @@ def start(*args, **stop):
     return process
 
 
-def run(folder, script, args, **stop):
-    """Its exit code, -9 if it was killed, and what it did to files, in order."""
-    process = start(folder, script, args, **stop)
+def end(process, folder):
+    """Wait for it: its exit code, -9 if it was killed, and what it did to files, in order."""
     process.join()
     return process.exitcode, (folder / "touched").read_text().splitlines()
 
@@ -88,6 +77,11 @@ def run(folder, script, args, **stop):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, flux, vlm, pairs):
     """Uninterrupted runs: {script: (arguments, the files of its output folder, seconds)}."""
+    multiprocessing.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("OMP_NUM_THREADS", "1")  # a process with threads cannot be forked safely
+        forkserver.ensure_running()
     root, found = tmp_path_factory.mktemp("whole"), {}
     critters = [root / f"critter {i}.png" for i in (0, 1)]
     for i, file in enumerate(critters):
@@ -105,7 +99,8 @@ def whole(tmp_path_factory, flux, vlm, pairs):
         "pretrain": ["judge", "--steps", 6, "--batch_size", 4, "--save_minutes", 0]}  # its checkpoints are in runs/
     for script, args in arguments.items():
         (folder := root / script).mkdir()
-        begun, (code, touched) = time.time(), run(folder, script, args)
+        process, begun = start(folder, script, args), time.time()
+        code, touched = end(process, folder)
         assert code == 0 and not [line for line in touched if re.match(f"write {folder}/out/", line)
                     and not re.search(r"\.lock$|\.part", line)]  # files are written aside: they are whole or absent
         found[script] = args, written(folder / "out"), time.time() - begun
@@ -117,11 +112,12 @@ def test_killed_twice_in_each_phase_the_same_command_ends_with_the_same_bytes(sc
     (args, wanted, _), draw = whole[script], random.Random(script)
     for match, times in PHASES[script].items():
         for nth in (draw.randint(1, (times + 1) // 2), 1):  # the second time just where the work is taken up again
-            code, touched = run(tmp_path, script, args, signal=signal.SIGKILL, match=match, nth=nth)
+            process = start(tmp_path, script, args, signal=signal.SIGKILL, match=match, nth=nth)
+            code, touched = end(process, tmp_path)
             assert code == -signal.SIGKILL and re.search(match, touched[-1]), match
             COUNTS["interruptions"] += 1
     assert written(tmp_path / "out") != wanted  # there was something left to do
-    run(tmp_path, script, args)
+    start(tmp_path, script, args).join()
     assert written(tmp_path / "out") == wanted
 
 
@@ -135,7 +131,7 @@ def test_killed_at_random_times_the_same_command_ends_with_the_same_bytes(script
         process.kill()
         process.join()
         COUNTS["interruptions"] += process.exitcode == -signal.SIGKILL
-    run(tmp_path, script, args)
+    start(tmp_path, script, args).join()
     assert written(tmp_path / "out") == wanted
 
 

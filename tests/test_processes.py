@@ -119,9 +119,9 @@ def drive(folder, commands, *launcher, **env):
 
 
 def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, commands, tmp_path):
-    steps = [[script, *args] for script, args in commands.items()]
-    others = "evaluate", "ablations", "benchmark", "computed", "measure", "pretrain"
-    counts, = drive(tmp_path, [*steps, *([script, "--help"] for script in others)], PYTHONHASHSEED="77")  # another order of sets
+    steps = [[script, *args] for script, args in commands.items()] + [[script, "--help"] for script in (
+        "evaluate", "ablations", "benchmark", "computed", "measure", "pretrain")]
+    counts, = drive(tmp_path, steps, PYTHONHASHSEED="77")  # another order of sets
     assert written(tmp_path / "runs") == written(chain[0] / "runs")
     assert counts == {"generate_grids": 3, "curate": 3, "finetune": 6, "sample": 2}
 
