@@ -27,7 +27,7 @@ import generate_grids
 import models
 import sample
 
-TRACE = Path("/tmp/unpickled-by-dsd")
+TRACE = Path(tempfile.gettempdir()) / f"unpickled-{os.getpid()}"
 BOMB = f"cos\nmkdir\n(S'{TRACE}'\ntR.".encode()  # a pickle: to load it makes this folder
 
 
@@ -70,8 +70,9 @@ TABLE = [
     # Scripts, option, values that are each refused, words that the line must hold ({} is the value). A value that is no
     # text stands for a file or a folder: a copy of the option's sound one in which these files have another content,
     # are changed by a function, hold other records (a list) or other values of some fields (a dict), or are missing.
-    (sample, "--image good.png", [cut, lambda data: data[:200] + bytes([data[200] ^ 4]) + data[201:], b"", b"no image",
-                                  "bomb.png", "float.tiff", "none.png"], "{}: not an image that can be read"),
+    (sample, "--image good.png", [
+        cut, lambda data: data[:-13] + bytes([data[-13] ^ 4]) + data[-12:],  # a bit in the checksum of its pixels
+        b"", b"no image", "bomb.png", "float.tiff", "none.png"], "{}: not an image that can be read"),
     (sample, "--image", ["empty"], "no reference picture"),
     (sample, "--prompt", [""], "--prompt: empty"),
     (sample, "--prompt a", [" \n"], "--prompt: empty"),
