@@ -95,6 +95,7 @@ TABLE = [
     ((generate_grids, sample), "--model", [{"vae/*.safetensors": NAN}], "not finite ... check the weights"),
     (generate_grids, "--model", [{"dsd.json": b"{"}], "{}/dsd.json: not a JSON file"),
     (generate_grids, "--model", [{"dsd.json": {"generate_grids": {"panel": "many"}}}], "--panel ... many"),
+    (finetune, "--model", [{"dsd.json": {"finetune": {"batch_size": 0}}}], "--batch_size ... at least 1"),
     (generate_grids, "--model", [{"dsd.json": {"generate_grids": value}} for value in ([1], {"panel": [32]})],
      "dsd.json"),
     (generate_grids, "--llm", ["empty", "vlm", "flux"], "--llm {} ... not a chat model"),
