@@ -48,7 +48,7 @@ PNG_BYTES = 1.6  # of a pixel of a photograph
 ASKED, ACCEPTED, CAPTIONS = 6, .35, 3  # of a grid: pairs asked about, share accepted (as in UNO), panels captioned
 SMALL = {"quantize": "nf4", "count": 1000, "panel": 256, "grid_steps": 20, "steps": 3000}
 RECIPES = {"evening": {"card": 24, **SMALL, "vlm_batch_size": 24},
-           "16": {"card": 16, **SMALL, "offload": "model", "vlm_billions": 3.8},
+           "16": {"card": 16, **SMALL, "vlm_billions": 3.8},
            "24": {"card": 24, "quantize": "nf4", "count": 2000},
            "80": {"card": 80, "count": 2000, "vlm_batch_size": 32, "batch_size": 4}}
 
