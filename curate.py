@@ -17,9 +17,10 @@ Started again after an interruption, the same command asks only about batches th
 curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the same command again.
 """
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import collections
+import functools
 import itertools
 import json
 import random
@@ -141,11 +142,9 @@ def judge_pairs(grids, panels, model, args):
     records = [{"grid": n, "panels": [i, j], "family": grid["family"], "subject": grid["subject"],
                 "prompt": grid["prompt"], "captions": {}, "question": PAIR_QUESTION + args.example, "answer": ""}
                for n, grid in grids.items() for i, j in itertools.combinations(range(len(panels[n])), 2)]
-    asked = []
     for r in records:
         r["verdict"], r["reason"] = set_aside(*[panels[r["grid"]][k] for k in r["panels"]]) or ("", "")
-        if not r["verdict"]:
-            asked.append(r)
+    asked = [r for r in records if not r["verdict"]]
     cases = [[panels[r["grid"]][k] for k in r["panels"]] for r in asked]
     for r, answer in zip(asked, ask(*model, cases, PAIR_QUESTION + args.example, args.batch_size, args.max_new_tokens)):
         r["answer"], (r["verdict"], r["reason"]) = answer, parse(answer, args.tolerance)
@@ -169,31 +168,27 @@ def caption_pairs(records, panels, model, args):
 def transcript(number, grid, args):
     """The saved transcripts of one grid, or [] if there are none or they belong to another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
-    found = dsd.read_json(file, missing={})
+    found = dsd.read_json(file)
     if not found or found.get("picture") != dsd.digest(args.grids / grid["file"]):
         return []
     with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
         for r in found["pairs"]:
             if r["verdict"] not in VERDICTS:
                 raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}')
-            if type(r["captions"]) is not dict or not {"panels", "reason"} <= set(r):
-                raise ValueError("a pair without captions, panels or reason")
         return found["pairs"]
 
 
-def is_done(number, grid, args):
-    """Whether all pairs of a grid have been asked about, and the accepted ones captioned."""
-    records = transcript(number, grid, args)
-    return bool(records) and all(r["captions"] for r in records if r["verdict"] == "yes")
-
-
-def curate_batch(batch, model, args):
-    """Write the panels and the transcripts of a batch {number: grid}, asking about the pairs if one has none yet."""
+def curate_batch(batch, load, args):
+    """Write the panels and the transcripts of a batch {number: grid}, unless all its pairs have a verdict and all
+    accepted ones have captions. load() -> the VLM and its processor."""
+    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
+    if all(old.values()) and all(r["captions"] for some in old.values() for r in some if r["verdict"] == "yes"):
+        return
+    model = load()
     panels = {n: dsd.cut_grid(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
               for n, grid in batch.items()}
     for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
         dsd.save_image(panels[n][k], args.out / panel_file(n, k))
-    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
     new = [] if all(old.values()) else judge_pairs(batch, panels, model, args)  # whole batches give the same answers
     records = {n: old[n] or [r for r in new if r["grid"] == n] for n in batch}
     caption_pairs([r for n in batch for r in records[n]], panels, model, args)
@@ -227,7 +222,7 @@ def draw_sheet(records, args, name, count=24):
     """A contact sheet of some records: both panels side by side, the reason below."""
     cells = [(make_image_grid([dsd.open_image(args.out / panel_file(r["grid"], k)) for k in r["panels"]], 1, 2),
               f"grid {r['grid']}: {r['reason'][:200]}")
-             for r in random.Random(args.seed).sample(records, min(count, len(records)))]
+             for r in random.Random(0).sample(records, min(count, len(records)))]
     (args.out / name).unlink(missing_ok=True)
     if cells:
         dsd.contact_sheet([cells[i:i + 4] for i in range(0, len(cells), 4)], args.out / name)
@@ -245,7 +240,6 @@ def parse_args():
         "differing parts; 0 keeps the VLM's own verdict")
     add("--batch_size", type=dsd.at_least(1), default=64, help="pairs in a batch; affects speed and memory")
     add("--max_new_tokens", type=dsd.at_least(1), default=400, help="longest answer; longer ones count as truncated")
-    add("--seed", type=dsd.at_least(0), default=0, help="chooses what the contact sheets show")
     parser.add_large_model_options(offload=False)
     return parser.parse("curate", source="vlm")
 
@@ -267,13 +261,10 @@ def main():
     args = parse_args()
     grids, state = read_grids(args), PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(args, "curate",  # noqa: F841; held until the process ends
-                            changeable=["grids", "batch_size", "seed"])
-    missing = {n for n, grid in grids.items() if not is_done(n, grid, args)}
-    model = load_vlm(args.vlm, args.quantize) if missing else None
+        dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
+    load = functools.cache(lambda: load_vlm(args.vlm, args.quantize))  # once, and only if there is something to ask
     for batch in dsd.batches(list(grids.items()), max(args.batch_size // 6, 1), "curate"):  # a 2x2 grid has six pairs
-        if missing & dict(batch).keys():
-            curate_batch(dict(batch), model, args)
+        curate_batch(dict(batch), load, args)
     state.wait_for_everyone()
     if not state.is_main_process:
         return

@@ -208,9 +208,9 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
     """Zero-shot sampling (paper section 3.3): B images that show the references' subjects as the prompts say.
 
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers, one for each image's
-    own generator, so that the batch size changes it by rounding only; guidance_scale: distilled guidance, for models
-    that have it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an ablation)
-    only frame 2 is drawn. Returns a list of images."""
+    own generator, so that the batch size changes an image by rounding only; guidance_scale: distilled guidance, for
+    models that have it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an
+    ablation) only frame 2 is drawn. Returns a list of images."""
     vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
@@ -278,6 +278,8 @@ def load_adapter(pipe, adapter):
     with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file, foreign layers
         tensors = load_file(file)
         if (file.parent / "transformer").is_dir():
+            if getattr(pipe.transformer, "hf_quantizer", None):
+                raise DsdError(f"{file.parent} brings a whole transformer, which --quantize nf4 cannot take in")
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
             raise DsdError(f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter")
@@ -324,12 +326,12 @@ def check_here(model):
     """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
         raise DsdError(f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
-                       "newer). Without one, leave the option out to use the miniature")
+                       "newer). The miniature, in miniature/, runs anywhere")
 
 
 def check_model(model, *sides):
     """Reject, from the configuration alone, a model that is not FLUX and a picture whose sides (in pixels) are not
-    whole numbers of tokens. Returns the width of the transformer's layers."""
+    whole numbers of tokens."""
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
         pipeline = FluxPipeline.load_config(model)["_class_name"]
@@ -340,7 +342,6 @@ def check_model(model, *sides):
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
     if any(side % unit for side in sides):
         raise DsdError(f"a picture of {' x '.join(map(str, sides))} pixels: this model needs multiples of {unit}")
-    return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dtype=None, prompt_tokens=None, **parts):
@@ -442,7 +443,7 @@ class Parser(argparse.ArgumentParser):
 
 def folder_settings(model):
     """What a model's folder says in its dsd.json, {script: {option: default}} and more, or {} if there is none."""
-    return read_json(Path(model) / "dsd.json", missing={})
+    return read_json(Path(model) / "dsd.json")
 
 
 def at_least(low, number=int):
@@ -486,28 +487,27 @@ def explained(message, *errors):
 
 
 def open_out(args, step, changeable, **more):
-    """Make the folder --out for one run and lock it. Returns the lock: hold it as long as you write.
+    """Make the folder --out for one run and lock it for as long as `args`, which holds the lock, is in use.
 
     A run is identified by its options, except the `changeable` ones, which may differ from one start to the next, and
     by `more`. They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use.
     Of several processes only the main one does this."""
     if not PartialState().is_main_process:
-        return None
+        return
     run = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
     run |= {name: name_of(run[name]) for name in ("model", "vlm", "llm", "adapter") if run.get(name)}
     run = json.loads(json.dumps({"step": step, **run, **more}))  # in the file's form: tuples become lists
     args.out.mkdir(parents=True, exist_ok=True)
-    lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
+    args.lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
     with explained(f"{args.out} is in use by another process; wait for it or give another --out", Timeout):
-        lock.acquire(blocking=False)
-    before = read_json(path, missing={})
+        args.lock.acquire(blocking=False)
+    before = read_json(path)
     names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {path.name, f"{path.name}.part"}
     if names and before != run:
         odd = [f"its {name} was {str(before.get(name))[:60]}" for name in {**before, **run}
                if before.get(name) != run.get(name)] if before else [min(names)]
         raise DsdError(f"{args.out} holds another run or other files ({odd[0]}); delete it or give another --out")
     write_json(path, run)
-    return lock
 
 
 @contextlib.contextmanager
@@ -534,12 +534,10 @@ def write_json(path, value):
         part.write_bytes(text.encode(errors="backslashreplace"))
 
 
-def read_json(path, missing=None):
-    """The object in a JSON file; `missing`, if that is given, where there is no file."""
-    if missing is not None and not Path(path).exists():
-        return missing
+def read_json(path):
+    """The object in a JSON file, {} if there is no file."""
     with explained(f"{path}: not a JSON file of this project; restore or delete it"):
-        return dict(json.loads(Path(path).read_bytes()))
+        return dict(json.loads(Path(path).read_bytes())) if Path(path).exists() else {}
 
 
 def read_records(path, *texts):

@@ -22,12 +22,11 @@ and answers) for each picture. Started again, the same command makes only what i
 --references may change in between. miniature/ablations.py makes the long table, with tuned methods and ablations.
 """
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import argparse
 import collections
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ COLUMNS = {  # of the two tables: heading -> score
                 "VLM CP": "vlm_cp", "VLM PF": "vlm_pf", "VLM CPxPF": "vlm_cp_pf", "VLM de-biased": "vlm_cp_pf_new",
                 "CPxPF, same pose": "cp_pf_same pose", "CPxPF, moved": "cp_pf_moved", "CPxPF, turned": "cp_pf_turned",
                 "witness's CP": "witness_cp", "witness's CPxPF": "witness_cp_pf", "judges agree": "judges_agree",
-                "DSD minus this row, CPxPF": "dsd_minus", "seconds a picture": "seconds"},
+                "DSD minus this row, CPxPF": "dsd_minus"},
     "relight": {"identity (CP)": "cp", "scene kept": "scene_as_wanted", "pose kept": "pose",
                 "light as asked": "light_as_wanted"}}
 
@@ -89,8 +88,7 @@ def inpainting(pipe, cases, args, **more):
 
 def zero_shot(pipe, cases, args):
     """This project's method, by sample.py's own function. The adapter says how many frames it was trained with."""
-    facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[1]
-    own = argparse.Namespace(**vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")})
+    own = argparse.Namespace(**vars(args) | {"frames": dsd.adapter_facts(args.adapter)[1].get("frames", 2)})
     return sample.draw_pictures(pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own)
 
 
@@ -120,17 +118,14 @@ def run_row(row, cases, args):
         some, files = zip(*batch)
         if all(file.with_suffix(".json").exists() for file in files):
             continue
-        seconds = None
         if not all(file.exists() for file in files):
             pipe, options = loaded = loaded or load(row, args)
-            begun = time.time()
             for image, file in zip(row.draw(pipe, some, options), files):
                 if not file.exists():  # with more --references a batch may begin with pictures that are there
                     dsd.save_image(image, file)
-            seconds = (time.time() - begun) / len(files)
         records = exams.score(*args.scorer, some, [dsd.open_image(file) for file in files])
         for case, file, record in zip(some, files, records):
-            about = {"reference": case.reference, "kind": case.kind, "prompt": case.prompt, "seconds": seconds}
+            about = {"reference": case.reference, "kind": case.kind, "prompt": case.prompt}
             dsd.write_json(file.with_suffix(".json"), about | record)
     PartialState().wait_for_everyone()
     return [dsd.read_json(file.with_suffix(".json")) for file in all_files]
@@ -251,11 +246,11 @@ def parse_args(parser):
     args = parser.parse("sample")
     adapter = args.adapter or (Path(args.model) / args.shipped_adapter if args.shipped_adapter else None)
     facts = dsd.adapter_facts(adapter)[1] if adapter else {}
-    names = {"width", "height", "image_guidance", "text_guidance"} & set(facts)
-    args, own = parser.parse("sample", **{name: facts[name] for name in names}), dsd.folder_settings(args.model)
-    args.adapter, args.true_cfg_scale = adapter, own.get("generate_grids", {}).get("true_cfg_scale", 1.0)
-    args.contexts, own = args.contexts or (None if args.folder else 4), own.get("evaluate", {})
-    args.prompt_tokens = [own.get(f"{name}_prompt_tokens", 512) for name in ("panel", "sheet")]
+    names = {"width", "height", "guidance_scale", "image_guidance", "text_guidance"} & set(facts)
+    args, folder = parser.parse("sample", **{name: facts[name] for name in names}), dsd.folder_settings(args.model)
+    args.adapter, args.true_cfg_scale = adapter, folder.get("generate_grids", {}).get("true_cfg_scale", 1.0)
+    args.contexts = args.contexts or (None if args.folder else 4)
+    args.prompt_tokens = [folder.get("evaluate", {}).get(f"{kind}_prompt_tokens", 512) for kind in ("panel", "sheet")]
     return args
 
 
@@ -280,11 +275,10 @@ def evaluate(rows, args, **more):
     weights = [file for folder in folders for file in Path(folder).rglob("*.safetensors")
                if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
     with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(
-            args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
-            weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
-            judge=dsd.name_of(args.judge), witness=args.witness and dsd.name_of(args.witness), **more,
-            adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
+        dsd.open_out(args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
+                     weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
+                     judge=dsd.name_of(args.judge), witness=args.witness and dsd.name_of(args.witness), **more,
+                     adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
     both = [exams.Judge(folder) if folder and not args.folder else None for folder in (args.judge, args.witness)]
     args.scorer, records = (*both, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:

@@ -11,21 +11,20 @@ as prompted.
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training reads only tensors.
 
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA in 16 bits), `log.jsonl`, `loss.png`,
-`settings.json`, `validation/*.png` (pairs held out of training), and in checkpoint/ the adapter so far, ready for
-sample.py, with the optimiser's state. Started again, the same command goes on from there. A larger --steps lengthens a
-finished run (the learning rate then rises again); --save_every, --compile and the like may change in between.
+`settings.json`, `validation/*.png` (pairs held out of training) and `training_state.pt`, with which the same command
+goes on where it stopped. The adapter is saved now and then, and sample.py can use it at any time. A larger --steps
+lengthens a finished run (the learning rate then rises again). The name of --pairs, --compile, --gradient_checkpointing,
+--save_every and --validate_every may change in between, too.
 
 The defaults in this file are for FLUX.1. A model's folder may bring others in its dsd.json, as the miniature's does:
 --help shows those that are in force. In comments, "R" marks what we took from the authors' released code because the
 paper is silent, and "*" our own choices.
 """
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import math
 import random
-import shutil
-import time
 from pathlib import Path
 
 import numpy
@@ -36,7 +35,6 @@ from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
 
 FILES = "reference_file_name", "target_file_name"  # of a pair, in its record
 
@@ -108,8 +106,9 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     n = args.batch_size
     indices = torch.randint(len(pairs), (n,), generator=generator)  # with replacement: there are no epochs
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    # One u decides what is dropped: below `start` the reference, from there to condition_dropout both, from there to
-    # start + prompt_dropout the prompt, above that nothing. * Dropping both trains v(0,0), the prompt alone v(I,0).
+    # One u decides what is left out: below `start` the reference, from there to condition_dropout both, from there to
+    # start + prompt_dropout the prompt, above that nothing. * Guidance (dsd.guided_velocity) needs v(0,0), which has
+    # neither, and v(I,0), which has no prompt.
     u, start = torch.rand(n, generator=generator), args.condition_dropout / 2
     drop_condition = u < args.condition_dropout  # (b,)
     drop_prompt = (start <= u) & (u < start + args.prompt_dropout)  # (b,)
@@ -125,7 +124,7 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
 
 
 def batch_losses(model, batch, args):
-    """(3,): the loss of a batch, and the losses of frame 1 and of frame 2."""
+    """(3,): the loss of a batch (the weighted mean of both frames), and the losses of frame 1 and of frame 2."""
     x_0, eps, sigma, condition, *text = batch
     h, w = args.latent_size  # of the canvas
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
@@ -158,8 +157,8 @@ def load_student(args):
 
 
 def make_optimizer(transformer, args):
-    """The trainable parameters, and AdamW on them."""
-    columns = transformer.x_embedder.lora_B["default"].weight  # W_c, see dsd.add_lora: from zero, so it learns faster
+    """The trainable parameters, and AdamW on them, whose learning rates `train` sets in every step."""
+    columns = transformer.x_embedder.lora_B["default"].weight  # W_c, see dsd.add_lora: it starts at zero
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
     adamw = torch.optim.AdamW
     if args.quantize != "none":
@@ -169,41 +168,39 @@ def make_optimizer(transformer, args):
 
 
 def save_checkpoint(transformer, parameters, optimizer, log, args):
-    """checkpoint/: an adapter that sample.py can use, and, written last, everything that is needed to resume."""
-    folder = args.out / "checkpoint"
+    """The adapter so far, which sample.py can use, and, written last, everything that is needed to resume."""
     dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float16  # 16 bits halve the file
-    dsd.save_adapter(transformer, folder, {name: getattr(args, name) for name in (
+    dsd.save_adapter(transformer, args.out, {name: getattr(args, name) for name in (
         "frames", "width", "height", "prompt_tokens", "guidance_scale", "image_guidance", "text_guidance")}, dtype)
     dsd.write_json(args.out / "log.jsonl", log)
-    with dsd.writing(folder / "training_state.pt") as part:
-        torch.save({"step": len(log), "parameters": [p.detach().cpu() for p in parameters],
+    with dsd.writing(args.out / "training_state.pt") as part:
+        torch.save({"log": log, "parameters": [p.detach().cpu() for p in parameters],
                     "optimizer": optimizer.state_dict()}, part)
 
 
 def resume(parameters, optimizer, args):
     """Restore the last checkpoint; returns the log of the steps before it, [] if there is none."""
-    file = args.out / "checkpoint" / "training_state.pt"
+    file = args.out / "training_state.pt"
     if not file.exists():
         return []
-    with dsd.explained(f"{file}: not a checkpoint of this run; delete {file.parent} to train from the start"):
+    with dsd.explained(f"{file}: not a checkpoint of this run; delete it to train from the start"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         for p, saved in zip(parameters, state["parameters"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        return dsd.read_records(args.out / "log.jsonl")[:state["step"]]
+        return state["log"]
 
 
 def train(pipe, pairs, held_out, null_text, args, accelerator):
-    """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log and seconds per step."""
+    """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log."""
     parameters, optimizer = make_optimizer(pipe.transformer, args)
     log = resume(parameters, optimizer, args)
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer, device_placement=[False, True])
-    first, seconds, main_process = len(log), 0, accelerator.is_main_process
+    first, main_process = len(log), accelerator.is_main_process
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="finetune", disable=not main_process)
     for step in bar:
-        begun = time.time()
-        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # see draw_batch
+        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # a step's own
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
             parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
@@ -218,7 +215,6 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
             group["lr"] = args.learning_rate * group["factor"] * learning_rate_share(step, args.steps)
         optimizer.step()
         optimizer.zero_grad()
-        seconds += time.time() - begun
         log.append(dict(zip(("step", "loss", "frame_1", "frame_2"), (step, *losses))))
         bar.set_postfix({name: f"{log[-1][name]:.3f}" for name in ("frame_1", "frame_2")}, refresh=False)
         last = step + 1 == args.steps
@@ -227,7 +223,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
                 log[-1] |= validate(pipe, held_out, null_text, args, step + 1)
         if main_process and (last or (step + 1) % args.save_every == 0):
             save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
-    return log, seconds / max(len(log) - first, 1)
+    return log
 
 
 @torch.no_grad()
@@ -239,18 +235,16 @@ def validate(pipe, held_out, null_text, args, step):
     losses, rows, device = 0, [], pipe.transformer.device
     for i in range(0, len(chosen), args.batch_size):
         part = chosen[i:i + args.batch_size]
-        shown = part[:max(6 - i, 0)]
         x_0, condition, text = read_cache(part)
         eps, sigma = torch.randn(x_0.shape, generator=generator), dsd.sample_sigmas(len(part), args.shift, generator)
         batch = [tensor.to(device) for tensor in (x_0, eps, sigma, condition, *text)]
         losses = losses + batch_losses(pipe.transformer, batch, args) * len(part) / len(chosen)
-        if shown:
-            references, targets = zip(*[open_pair(args, pair) for pair in shown])
-            shown_text = [tensor[:len(shown)] for tensor in batch[4:]]
-            drawn = dsd.sample_edit(pipe, dsd.to_pixels(references), shown_text, null_text, list(range(len(shown))), 20,
-                                    args.image_guidance, args.text_guidance, args.guidance_scale, frames=args.frames)
-            rows += [[(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
-                     for reference, image, pair, target in zip(references, drawn, shown, targets)]
+    for seed, pair in enumerate(chosen[:6]):
+        reference, target = open_pair(args, pair)
+        text = [tensor.to(device) for tensor in read_cache([pair])[2]]
+        image, = dsd.sample_edit(pipe, dsd.to_pixels([reference]), text, null_text, [seed], 20, args.image_guidance,
+                                 args.text_guidance, args.guidance_scale, frames=args.frames)
+        rows.append([(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")])
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
     return dict(zip(("held_out", "held_out_frame_1", "held_out_frame_2"), losses.tolist()))
 
@@ -265,7 +259,7 @@ def draw_losses(log, path, window=25):
         held_out = [(r["step"] + 1, r[f"held_out_{name}"]) for r in log if f"held_out_{name}" in r]
         if held_out:
             axes.plot(*zip(*held_out), colour + "o", label=f"{label}, held out")
-    axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {window} steps", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="flow-matching loss", title=f"mean of {k} steps", ylim=(0, None))
     axes.legend()
     with dsd.writing(path) as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
@@ -315,9 +309,8 @@ def prepare(args, processes):
     pairs, held_out = read_pairs(args)
     size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
     args.width, args.height = args.width or size[0], args.height or size[1]
-    channels = dsd.check_model(args.model, args.width, args.height)
+    dsd.check_model(args.model, args.width, args.height)
     for wrong, words in (
-            (args.rank > channels, f"--rank {args.rank} is above the {channels} channels of this model's layers"),
             (args.batch_size % processes, f"--batch_size must be a multiple of the {processes} processes"),
             (not any(args.frame_weights), "--frame_weights: not both can be 0"),
             (max(args.condition_dropout, args.condition_dropout / 2 + args.prompt_dropout) > 1,
@@ -335,7 +328,7 @@ def main():
     state = PartialState()
     with state.main_process_first():  # the others find the settings and do not decide for themselves
         pairs, held_out = prepare(args, state.num_processes)
-        lock = dsd.open_out(args, "finetune", changeable=[  # noqa: F841; held until the process ends
+        dsd.open_out(args, "finetune", changeable=[
             "pairs", "steps", "compile", "gradient_checkpointing", "save_every", "validate_every"],
             pairs_sha256=dsd.digest(text=str([pair["cache"].stem for pair in [*pairs, *held_out]])))
     accelerator = Accelerator(mixed_precision=args.precision, cpu=state.device.type == "cpu")
@@ -353,14 +346,11 @@ def main():
     # phase 2: widen, add LoRA, train on tensors
     torch.manual_seed(args.seed)
     pipe.transformer = load_student(args)
-    log, seconds = train(pipe, pairs, held_out, null_text, args, accelerator)
+    log = train(pipe, pairs, held_out, null_text, args, accelerator)
     if accelerator.is_main_process:
-        with dsd.writing(args.out / dsd.ADAPTER_FILE) as part:
-            shutil.copyfile(args.out / "checkpoint" / dsd.ADAPTER_FILE, part)
         draw_losses(log, args.out / "loss.png")
-        pace = f" ({seconds:.2f} s a step)" if seconds else ""  # a finished run started again takes none
-        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps{pace}, "
-              f"{dsd.memory_in_use()}; look at {args.out / 'validation'} and {args.out / 'loss.png'}")
+        print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps, "
+              f"{dsd.memory_in_use()}; look at validation/, if pairs were held out, and at {args.out / 'loss.png'}")
     accelerator.end_training()
 
 

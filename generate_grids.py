@@ -13,7 +13,7 @@ Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file,
 it adds grids to those that are there.
 """
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import json
 import random
@@ -146,11 +146,9 @@ def plan(args):
     seed = args.seed * 1_000_003  # far apart: no grid of one --seed is a grid of another
     families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
     listed = file_prompts(args.prompts, args.grammar) if args.prompts else llm_prompts(args) if args.llm else None
-    options = {name: getattr(args, name) for name in ("steps", "width", "height", "guidance_scale", "true_cfg_scale")}
     return [{"file": f"{i:06d}.png",
              **(listed[i % len(listed)] if listed else grammar_prompt(args.grammar, families, seed + i)),
-             "seed": seed + i, "model": dsd.name_of(args.model), "rows": 2, "columns": 2, "settings": options}
-            for i in range(args.count or len(listed))]
+             "seed": seed + i, "rows": 2, "columns": 2} for i in range(args.count or len(listed))]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -171,8 +169,9 @@ def parse_args():
     add("--count", type=dsd.at_least(1), default=100, help="how many grids; with --prompts as many as are listed")
     add("--family", choices=["both", "subject", "relight"], default="both",
         help="subject: four new settings; relight: one scene in four lights; both: two to one")
-    add("--prompts", help="text file with lines: subject | setting | setting | setting | setting")
-    add("--llm", help="chat model (folder or hub name) that invents subjects and settings")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument("--prompts", help="text file with lines: subject | setting | setting | setting | setting")
+    told.add_argument("--llm", help="chat model (folder or hub name) that invents subjects and settings")
     add("--batch_size", type=dsd.at_least(1), default=1, help="grids drawn together; affects speed and memory")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of the sampler")
     add("--panel", type=dsd.at_least(1), default=512, help="side of a square panel in pixels")
@@ -184,11 +183,8 @@ def parse_args():
     parser.add_large_model_options()
     parser.set_defaults(grammar=GRAMMAR)
     args = parser.parse("generate_grids")
-    if args.prompts:
-        args = parser.parse("generate_grids", count=None)  # as many as are listed, unless the flag is given
+    args = parser.parse("generate_grids", count=None) if args.prompts else args  # all that are listed
     args.width, args.height = args.width or args.panel, args.height or args.panel
-    if args.prompts and args.llm:
-        raise dsd.DsdError("--prompts is not allowed with --llm: both say what to draw")
     return args
 
 
@@ -197,10 +193,9 @@ def main():
     dsd.check_model(args.model, args.width, args.height)
     state = PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
-        lock = dsd.open_out(args, "generate_grids",  # noqa: F841; held until the process ends
-                            changeable=["count", "batch_size", "offload"],
-                            prompts=args.prompts and dsd.digest(args.prompts),
-                            grammar=dsd.digest(text=json.dumps(args.grammar)))
+        dsd.open_out(args, "generate_grids", changeable=["count", "batch_size", "offload"],
+                     prompts=args.prompts and dsd.digest(args.prompts),
+                     grammar=dsd.digest(text=json.dumps(args.grammar)))
     grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
     if state.is_main_process:
         dsd.write_json(args.out / "grids.jsonl", grids)

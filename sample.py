@@ -14,7 +14,7 @@ Writes to --out: a PNG for each picture, with its settings in the PNG's text fie
 references on the left. Started again, the same command draws only what is missing.
 """
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def find_adapter(args):
     if args.adapter:
         return args.adapter
     if (own / dsd.ADAPTER_FILE).exists():
-        if dsd.read_json(own / "settings.json", missing={}).get("model") == dsd.name_of(args.model):
+        if dsd.read_json(own / "settings.json").get("model") == dsd.name_of(args.model):
             return own
     if not args.shipped_adapter:
         raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
@@ -58,7 +58,7 @@ def find_references(args):
 def enhance(args, references):
     """What a vision-language model sees in each reference, {file: details}, to complete the prompts (R)."""
     path, model = args.out / "details.json", None
-    seen = dsd.read_json(path, missing={})
+    seen = dsd.read_json(path)
     for file in references:
         if file not in seen:
             model = model or curate.load_vlm(args.enhance, args.quantize)
@@ -129,9 +129,9 @@ def main():
     dsd.check_model(args.model, args.width, args.height)
     references, state = find_references(args), PartialState()
     with state.main_process_first():  # the others find what the --enhance model saw
-        lock = dsd.open_out(args, "sample", changeable=["batch_size", "offload"],  # noqa: F841; held until the end
-                            adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
-                            image={file: dsd.digest(file) for file in references})
+        dsd.open_out(args, "sample", changeable=["batch_size", "offload"],
+                     adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
+                     image={file: dsd.digest(file) for file in references})
         details = enhance(args, references) if args.enhance else {}
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter)
     cases = [{"image": file, "prompt": prompt, "seed": seed,

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import argparse  # noqa: E402
 import platform  # noqa: E402

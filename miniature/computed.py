@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import argparse  # noqa: E402
 import functools  # noqa: E402
@@ -268,12 +268,13 @@ class Recipe:
                 self.seconds(operations, steps), step.operations / (n * batch))
 
     def validation(self):
-        args, batch = self.args, min(self.args.batch_size, 6)
-        needs, seconds, one = self.drawing(batch, 20, autocast=True)
+        args, batch = self.args, min(self.args.batch_size, 24)
+        needs, seconds, one = self.drawing(1, 20, autocast=True)
+        losses = measure(lambda: self.run(self.student, batch, *self.canvas, args.prompt_tokens), autocast=True)
         times = math.ceil(args.steps / args.validate_every)
-        return self.row("3 finetune.py: validation", 6 * times, batch * self.passes * self.canvas_tokens,
-                        self.resident + max(needs.values()), times * (
-                            6 / batch * seconds + self.seconds(24 * one, 24)), 0)
+        return self.row("3 finetune.py: validation", 6 * times, max(batch, self.passes) * self.canvas_tokens,
+                        self.resident + max(losses.peak + self.unpacked, *needs.values()), times * (
+                            6 * seconds + self.seconds(24 * one, 24)), 0)
 
     def sampling(self):
         args, text = self.args, self.encode_text(1, self.args.prompt_tokens)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import argparse  # noqa: E402
 import itertools  # noqa: E402

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import argparse  # noqa: E402
 import functools  # noqa: E402
@@ -593,8 +593,9 @@ def run(args):
             setattr(args, key, value)
     torch.manual_seed(args.seed)
     if not args.export and args.model not in ("references", "all"):  # an export may read beside the run that writes
-        folder = argparse.Namespace(out=Path("runs/pretrain") / args.model)
-        lock = dsd.open_out(folder, "pretrain", changeable=[], model=args.model)  # noqa: F841; held until the end
+        decisive = {name: getattr(args, name) for name in ("model", "seed", "batch_size", "learning_rate")}
+        folder = argparse.Namespace(out=Path("runs/pretrain") / args.model, **decisive)
+        dsd.open_out(folder, "pretrain", changeable=[])
     train(args)
 
 

@@ -5,7 +5,7 @@ factor 8, text encoders of two widths; FLUX.1-dev with a guidance embedding and 
 resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub. Tests and the benchmark use
 them: speed and memory do not depend on what the weights are."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import json
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
@@ -130,7 +130,7 @@ def main():
     args = finetune.parse_args()
     pairs, held_out = finetune.prepare(args, 1)
     known = dsd.digest(text=str([pair["cache"].stem for pair in pairs]))
-    lock = dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)  # noqa: F841; held until the end
+    dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, dtype=torch.float32)
     pipe.tokenizer_2.model_max_length = args.prompt_tokens or dsd.folder_settings(args.model)["canvas_prompt_tokens"]
     finetune.encode_pairs(pipe, [*pairs, *held_out], args)

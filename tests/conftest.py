@@ -170,7 +170,7 @@ def written(folder):
     def content(path):
         if path.name == "training_state.pt":  # the same objects have more than one pickle
             return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), torch.load(path))
-        if path.name == "table.md":  # of evaluate.py: it holds measured times
+        if path.name == "table.md":  # of evaluate.py: it names the command, and so the folder
             return None
         return re.sub(rb'"seconds": ([^[,]+|\[[^]]*\])', b"", path.read_bytes())
     return {path.relative_to(folder).as_posix(): content(path) for path in sorted(folder.rglob("*"))

@@ -132,7 +132,7 @@ TABLE = [
         (generate_grids, f"--steps=0 --steps=-3 --steps=1.5 --steps=many --count=0 --seed=-1 --seed={10**30} --step=3 "
                          "--guidance_scale=nan --guidance_scale=-1 --family=twins --color=red --device=cuda"),
         (curate, "--batch_size=0 --tolerance=-1 --caption=poem --max_new_tokens=0 --device=cuda"),
-        (finetune, "--rank=0 --rank=10000 --shift=0 --learning_rate=-1 --learning_rate=inf --precision=fp8 "
+        (finetune, "--rank=0 --shift=0 --learning_rate=-1 --learning_rate=inf --precision=fp8 "
                    "--save_every=0 --accumulate=0 --frames=3 --prompt_dropout=2 --device=cuda"),
         (sample, "--width=0 --seed=-5 --image_guidance=inf --fit=stretch --device=abacus --device=cuda --model"))
       for given in options.split()),
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_half_written(nam
     assert contents(tmp_path) != before
 
 
-STATE, TRANSCRIPT = "checkpoint/training_state.pt", "transcripts/000000.json"
+STATE, TRANSCRIPT = "training_state.pt", "transcripts/000000.json"
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def start(flux, pairs, sound, monkeypatch):
 def test_a_script_on_a_full_disk_goes_on_when_there_is_room(start, tmp_path, call):
     whole, full = tmp_path / "whole", tmp_path / "full"
     assert call(*start[finetune], "--out", whole)[0] == 0
-    for pattern, name in (("cache/*", "cache"), (f"checkpoint/{ADAPTER}", ADAPTER), (STATE, STATE)):  # in this order
+    for pattern, name in (("cache/*", "cache"), (ADAPTER, ADAPTER), (STATE, STATE)):  # in this order
         with room(next(whole.glob(pattern)).stat().st_size - 1):
             result = call(*start[finetune], "--out", full)
         check(result, f"{name} ... make room")
@@ -395,7 +395,7 @@ def test_what_is_listed_twice_counts_once(sound, tmp_path):
         (tmp_path / file).write_text(2 * (sound / folder / file).read_text())
     train, held_out = finetune.read_pairs(argparse.Namespace(pairs=tmp_path, seed=0, validation_grids=1))
     assert len(train) == 6 and len(held_out) == 2
-    assert list(curate.read_grids(argparse.Namespace(grids=tmp_path, limit=None))) == [0]
+    assert list(curate.read_grids(argparse.Namespace(grids=tmp_path))) == [0]
 
 
 def test_own_pairs_of_mixed_sizes_are_resized_to_one(pairs, tmp_path):

@@ -155,7 +155,8 @@ def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
 def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
     def begin(steps, count=3):
         args = argparse.Namespace(out=tmp_path, device="cpu", steps=steps, count=count)
-        dsd.open_out(args, "sample", changeable=["count"], image="a").release()
+        dsd.open_out(args, "sample", changeable=["count"], image="a")
+        args.lock.release()
     begin(steps=2)
     begin(steps=3)
     dsd.write_json(tmp_path / "result.json", {})

@@ -86,7 +86,7 @@ def test_damaged_adapters_are_refused_or_loaded_as_finite_weights_of_the_right_s
 
 def test_damaged_records_are_refused_or_have_the_right_fields(tmp_path):
     draw = random.Random(2)
-    args = argparse.Namespace(grids=tmp_path, pairs=tmp_path, limit=None, seed=0, validation_grids=1)
+    args = argparse.Namespace(grids=tmp_path, pairs=tmp_path, seed=0, validation_grids=1)
     grids = [{"file": f"{i}.png", "prompt": "a grid", "subject": "a fox", "family": "subject", "rows": 2, "columns": 2}
              for i in range(3)]
     pairs = [{"reference_file_name": "a.png", "target_file_name": f"{i}.png", "prompt": "a fox", "grid": i}

@@ -25,7 +25,7 @@ STEPS = {  # script -> its folder in runs/, the files in it but for a cache, wha
                r"\d+ of 36 pairs accepted .*"),
     "finetune": ("adapter", {"pytorch_lora_weights.safetensors", "settings.json", "log.jsonl", "loss.png",
                              "validation/step_000003.png", "validation/step_000006.png",
-                             "checkpoint/pytorch_lora_weights.safetensors", "checkpoint/training_state.pt"},
+                             "training_state.pt"},
                  r"adapter in runs.adapter: 6 pairs, 2 more held out, 6 steps.*loss\.png"),
     "sample": ("samples", {"0000.png", "0001.png", "0002.png", "0003.png", "contact_sheet.png", "settings.json"},
                r"4 pictures in runs.samples with the adapter .*contact_sheet\.png")}
@@ -42,16 +42,14 @@ def test_a_script_writes_its_files_and_prints_one_line_and_progress_bars(chain, 
     assert len(others) == 1 and re.fullmatch(own_words, others[0]), others
 
 
-def test_generate_grids_records_how_each_grid_was_drawn(chain, flux):
+def test_generate_grids_records_how_each_grid_was_drawn(chain):
     grids = chain[0] / "runs" / "grids"
     records = dsd.read_records(grids / "grids.jsonl")
     assert [r["file"] for r in records] == [f"{i:06d}.png" for i in range(6)]
     assert {Image.open(grids / r["file"]).size for r in records} == {(64, 64)}
     for r in records:
-        assert set(r) == {"file", "prompt", "panel_prompts", "subject", "family", "seed", "model", "rows", "columns",
-                          "settings"}
-        assert r["model"] == dsd.name_of(flux) and r["family"] in ("subject", "relight")
-        assert len(r["panel_prompts"]) == 4 and r["settings"]["steps"] == 4
+        assert set(r) == {"file", "prompt", "panel_prompts", "subject", "family", "seed", "rows", "columns"}
+        assert r["family"] in ("subject", "relight") and len(r["panel_prompts"]) == 4
         assert r["prompt"].startswith("a grid of 4 images representing the same")
     assert len({r["seed"] for r in records}) == len({r["prompt"] for r in records}) == 6
 
