@@ -175,6 +175,8 @@ def transcript(number, grid, args):
         for r in found["pairs"]:
             if r["verdict"] not in VERDICTS:
                 raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}')
+            if type(r["captions"]) is not dict or not {"panels", "reason", "family", "subject"} <= set(r):
+                raise ValueError("a pair without captions, panels, reason, family or subject")
         return found["pairs"]
 
 

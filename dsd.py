@@ -279,7 +279,7 @@ def load_adapter(pipe, adapter):
         tensors = load_file(file)
         if (file.parent / "transformer").is_dir():
             if getattr(pipe.transformer, "hf_quantizer", None):
-                raise DsdError(f"{file.parent} brings a whole transformer, which --quantize nf4 cannot take in")
+                raise DsdError(f"{file.parent} holds a whole transformer, not for weights of 4 bits; drop --quantize")
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
             raise DsdError(f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter")

@@ -87,8 +87,9 @@ def inpainting(pipe, cases, args, **more):
 
 
 def zero_shot(pipe, cases, args):
-    """This project's method, by sample.py's own function. The adapter says how many frames it was trained with."""
-    own = argparse.Namespace(**vars(args) | {"frames": dsd.adapter_facts(args.adapter)[1].get("frames", 2)})
+    """This project's method, by sample.py's own function, with the frames and distilled guidance of its training."""
+    facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[1]
+    own = argparse.Namespace(**vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")})
     return sample.draw_pictures(pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own)
 
 
@@ -246,7 +247,7 @@ def parse_args(parser):
     args = parser.parse("sample")
     adapter = args.adapter or (Path(args.model) / args.shipped_adapter if args.shipped_adapter else None)
     facts = dsd.adapter_facts(adapter)[1] if adapter else {}
-    names = {"width", "height", "guidance_scale", "image_guidance", "text_guidance"} & set(facts)
+    names = {"width", "height", "image_guidance", "text_guidance"} & set(facts)
     args, folder = parser.parse("sample", **{name: facts[name] for name in names}), dsd.folder_settings(args.model)
     args.adapter, args.true_cfg_scale = adapter, folder.get("generate_grids", {}).get("true_cfg_scale", 1.0)
     args.contexts = args.contexts or (None if args.folder else 4)
@@ -282,9 +283,8 @@ def evaluate(rows, args, **more):
     both = [exams.Judge(folder) if folder and not args.folder else None for folder in (args.judge, args.witness)]
     args.scorer, records = (*both, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:
-        new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, args)
-        if PartialState().is_main_process and (new or row is rows[-1]):
+        if PartialState().is_main_process:
             report(records, cases, args)
     if PartialState().is_main_process:
         print((args.out / "table.md").read_text(encoding="utf-8"))

@@ -12,9 +12,9 @@ Pictures and prompts are encoded once, to --out/cache; then the encoders are dro
 
 Writes to --out: `pytorch_lora_weights.safetensors` (a standard FLUX Control LoRA in 16 bits), `log.jsonl`, `loss.png`,
 `settings.json`, `validation/*.png` (pairs held out of training) and `training_state.pt`, with which the same command
-goes on where it stopped. The adapter is saved now and then, and sample.py can use it at any time. A larger --steps
-lengthens a finished run (the learning rate then rises again). The name of --pairs, --compile, --gradient_checkpointing,
---save_every and --validate_every may change in between, too.
+goes on from its last save. Every --save_every steps the adapter is saved as well, so that sample.py can use it before
+the end. A larger --steps lengthens a finished run (the learning rate then rises again). The name of --pairs, --compile,
+--gradient_checkpointing, --save_every and --validate_every may change in between, too.
 
 The defaults in this file are for FLUX.1. A model's folder may bring others in its dsd.json, as the miniature's does:
 --help shows those that are in force. In comments, "R" marks what we took from the authors' released code because the
@@ -217,12 +217,13 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         optimizer.zero_grad()
         log.append(dict(zip(("step", "loss", "frame_1", "frame_2"), (step, *losses))))
         bar.set_postfix({name: f"{log[-1][name]:.3f}" for name in ("frame_1", "frame_2")}, refresh=False)
-        last = step + 1 == args.steps
-        if main_process and held_out and (last or (step + 1) % args.validate_every == 0):
+        if main_process and held_out and (step + 1 == args.steps or (step + 1) % args.validate_every == 0):
             with accelerator.autocast():
                 log[-1] |= validate(pipe, held_out, null_text, args, step + 1)
-        if main_process and (last or (step + 1) % args.save_every == 0):
+        if main_process and (step + 1) % args.save_every == 0:
             save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
+    if main_process:
+        save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
     return log
 
 
@@ -250,7 +251,7 @@ def validate(pipe, held_out, null_text, args, step):
 
 
 def draw_losses(log, path, window=25):
-    """loss.png: the losses of both frames in training, averaged over `window` steps, and on the held-out pairs."""
+    """loss.png: the losses of both frames in training, averaged over up to `window` steps, and on held-out pairs."""
     axes = (figure := Figure(figsize=(7, 4))).subplots()
     k = min(window, len(log))
     for colour, (name, label) in zip(("C0", "C1"), (("frame_1", "frame 1 (identity)"), ("frame_2", "frame 2 (edit)"))):
@@ -349,8 +350,9 @@ def main():
     log = train(pipe, pairs, held_out, null_text, args, accelerator)
     if accelerator.is_main_process:
         draw_losses(log, args.out / "loss.png")
+        folder = args.out / "validation"
         print(f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps, "
-              f"{dsd.memory_in_use()}; look at validation/, if pairs were held out, and at {args.out / 'loss.png'}")
+              f"{dsd.memory_in_use()}; look at {f'{folder} and ' if held_out else ''}{args.out / 'loss.png'}")
     accelerator.end_training()
 
 

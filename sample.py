@@ -7,8 +7,8 @@
 
 Nothing is tuned here. Every image is combined with every prompt and every seed. `{name}` in a prompt stands for the
 image's file name ("a {name} in space"). Images are cropped at the centre, or padded (--fit), to the right proportions.
-Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: runs/adapter if finetune.py has
-made one, else the one shipped with the model. An adapter sets its own picture size and guidance; flags override them.
+Adapters: what finetune.py wrote, or the authors' released folder. Without --adapter: the one in runs/adapter, finished
+or not, else the one shipped with the model. An adapter sets its own picture size and guidance; flags override them.
 
 Writes to --out: a PNG for each picture, with its settings in the PNG's text fields, and `contact_sheet.png` with the
 references on the left. Started again, the same command draws only what is missing.

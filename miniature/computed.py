@@ -121,7 +121,11 @@ def load_transformer(args):
 
 
 def part_config(args, name):
-    return dsd.read_json(Path(args.model) / name / "config.json") if args.model else random_models.FLUX_1[name]
+    """The configuration of a part of the model, which says its sizes."""
+    found = dsd.read_json(Path(args.model) / name / "config.json") if args.model else random_models.FLUX_1[name]
+    if not found:
+        raise dsd.DsdError(f"no {name}/config.json in {args.model}; leave --model out for FLUX.1-dev's sizes")
+    return found
 
 
 def is_quantised(name, module, args):

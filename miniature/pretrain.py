@@ -113,8 +113,8 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (loss + norm).isfinite():  # before it reaches the weights
-            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Try a "
-                               "lower --learning_rate")
+            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Delete "
+                               f"{out} and try a lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
@@ -593,7 +593,8 @@ def run(args):
             setattr(args, key, value)
     torch.manual_seed(args.seed)
     if not args.export and args.model not in ("references", "all"):  # an export may read beside the run that writes
-        decisive = {name: getattr(args, name) for name in ("model", "seed", "batch_size", "learning_rate")}
+        names = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "sheets"
+        decisive = {name: getattr(args, name) for name in names}
         folder = argparse.Namespace(out=Path("runs/pretrain") / args.model, **decisive)
         dsd.open_out(folder, "pretrain", changeable=[])
     train(args)

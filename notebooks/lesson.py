@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the lessons need no network
 
-import dsd  # noqa: E402; first: see its head
+import dsd  # noqa: E402; first: it silences the libraries' notices
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
@@ -74,7 +74,7 @@ def command_line(line):
 
 
 def script(line):
-    """`script("curate.py --seed 3")` does what `python curate.py --seed 3` does, without starting Python again."""
+    """`script("sample.py --seed 3")` does what `python sample.py --seed 3` does, without starting Python again."""
     with command_line(line) as module:
         module.main()
 

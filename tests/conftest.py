@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """What a user gets wrong is answered with exit code 2 and one line that says what to do, never with a traceback, and
 harms nothing that is there. What can be used is used correctly."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import argparse
 import contextlib
@@ -315,7 +315,8 @@ DAMAGE = [  # script, what happens to files that it has written, words
     (finetune, {"cache/*": NAN}, "not finite at step 2 ... checkpoint is kept ... --learning_rate"),
     *((curate, {TRANSCRIPT: new}, f"{TRANSCRIPT} ... restore or delete it") for new in (
         b"nonsense", b"[1]", b'{"picture": ')),
-    *((curate, {TRANSCRIPT: {"pairs": new}}, f"{TRANSCRIPT} ... correct it or delete it") for new in ([{}], 7))]
+    *((curate, {TRANSCRIPT: {"pairs": new}}, f"{TRANSCRIPT} ... correct it or delete it") for new in (
+        [{}], 7, [{"verdict": "yes"}], [{"verdict": "yes", "captions": {"1": "a critter"}}]))]
 
 
 @pytest.mark.parametrize("script, changes, words", DAMAGE)

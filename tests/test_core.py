@@ -1,6 +1,6 @@
 """dsd.py, the parts without a model: the flow, tokens, losses, guidance, pictures, options, files."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import argparse
 import sys

@@ -1,6 +1,6 @@
 """evaluate.py and miniature/ablations.py: marks and intervals of hand-made answers, cases, every row, resumption."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import argparse
 import math

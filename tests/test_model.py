@@ -1,6 +1,6 @@
 """The two-frame model: it starts as the teacher, its file is a standard Control LoRA, what a picture depends on."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import argparse
 

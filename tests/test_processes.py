@@ -1,7 +1,7 @@
 """The four steps as a user starts them, in processes of their own: what they write and print, the same bytes again, and
 two processes that share the work."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import json
 import os

@@ -3,7 +3,7 @@
 Stand-ins: a card is what torch says of it; accelerate fetches layers from main memory to main memory; bitsandbytes
 works on a CPU. What only a GPU can show is in the README."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import re
 import types

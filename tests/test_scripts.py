@@ -1,6 +1,6 @@
 """The four scripts called in this process: their options, what a second start does, several kinds of input."""
 
-import dsd  # first: see its head
+import dsd  # first: it silences the libraries' notices
 
 import json
 import shutil
