@@ -148,9 +148,8 @@ def main():
                 save_with_settings(image, path, case, args)
     state.wait_for_everyone()
     if state.is_main_process:
-        rows = [[(image, "reference")] + [(dsd.open_image(path), f"{case['text']} (seed {case['seed']})")
-                                          for path, case in zip(paths, cases) if case["image"] == file]
-                for file, image in references.items()]
+        rows = [[(image, "reference")] + [(dsd.open_image(path), case["text"]) for path, case in zip(paths, cases)
+                                          if case["image"] == file] for file, image in references.items()]
         dsd.contact_sheet(rows, args.out / "contact_sheet.png")
         print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, "
               f"{dsd.memory_in_use()}; look at {args.out / 'contact_sheet.png'}")
