@@ -261,6 +261,7 @@ def read_grids(args):
 
 def main():
     args = parse_args()
+    dsd.check_here(args.vlm)
     grids, state = read_grids(args), PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
         dsd.open_out(args, "curate", changeable=["grids", "batch_size"])

@@ -122,10 +122,11 @@ def load_transformer(args):
 
 def part_config(args, name):
     """The configuration of a part of the model, which says its sizes."""
-    found = dsd.read_json(Path(args.model) / name / "config.json") if args.model else random_models.FLUX_1[name]
-    if not found:
-        raise dsd.DsdError(f"no {name}/config.json in {args.model}; leave --model out for FLUX.1-dev's sizes")
-    return found
+    if not args.model:
+        return random_models.FLUX_1[name]
+    if not (file := Path(args.model) / name / "config.json").exists():
+        raise dsd.DsdError(f"no {file}; leave --model out for FLUX.1-dev's sizes")
+    return dsd.read_json(file)
 
 
 def is_quantised(name, module, args):

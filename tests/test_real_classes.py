@@ -291,8 +291,9 @@ def test_the_rows_follow_from_the_options(dev):
     guided = rows(*small, "--image_guidance", 1.5, "--text_guidance", 2)
     assert guided["validation"]["tokens a pass"] == guided["4 sample.py"]["tokens a pass"] == 3 * (32 + 64)
     assert rows(*small, "--prompt_tokens", 512)["training"]["tokens a pass"] == 32 + 512
-    with pytest.raises(dsd.DsdError, match="no folder nowhere; leave --model out"):
-        rows("--model", "nowhere")
+    for folder, words in (("nowhere", "no folder nowhere"), (dev / "vae", "config.json")):
+        with pytest.raises(dsd.DsdError, match=f"{words}; leave --model out"):
+            rows("--model", folder)
 
 
 def test_the_evening_on_one_card_is_four_hours():
