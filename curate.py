@@ -20,7 +20,6 @@ curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the
 import dsd  # first: it silences the libraries' notices
 
 import collections
-import functools
 import itertools
 import json
 import random
@@ -180,17 +179,19 @@ def transcript(number, grid, args):
         return found["pairs"]
 
 
-def curate_batch(batch, load, args):
-    """Write the panels and the transcripts of a batch {number: grid}, unless all its pairs have a verdict and all
-    accepted ones have captions. load() -> the VLM and its processor."""
-    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
-    if all(old.values()) and all(r["captions"] for some in old.values() for r in some if r["verdict"] == "yes"):
-        return
-    model = load()
+def is_done(number, grid, args):
+    """Whether all pairs of a grid have been asked about, and the accepted ones captioned."""
+    records = transcript(number, grid, args)
+    return bool(records) and all(r["captions"] for r in records if r["verdict"] == "yes")
+
+
+def curate_batch(batch, model, args):
+    """Write the panels and the transcripts of a batch {number: grid}, asking about the pairs if one has none yet."""
     panels = {n: dsd.cut_grid(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
               for n, grid in batch.items()}
     for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
         dsd.save_image(panels[n][k], args.out / panel_file(n, k))
+    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
     new = [] if all(old.values()) else judge_pairs(batch, panels, model, args)  # whole batches give the same answers
     records = {n: old[n] or [r for r in new if r["grid"] == n] for n in batch}
     caption_pairs([r for n in batch for r in records[n]], panels, model, args)
@@ -261,13 +262,14 @@ def read_grids(args):
 
 def main():
     args = parse_args()
-    dsd.check_here(args.vlm)
     grids, state = read_grids(args), PartialState()
     with state.main_process_first():  # nobody writes before the main process has accepted the folder
         dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
-    load = functools.cache(lambda: load_vlm(args.vlm, args.quantize))  # once, and only if there is something to ask
+    missing = {n for n, grid in grids.items() if not is_done(n, grid, args)}
+    model = load_vlm(args.vlm, args.quantize) if missing else None
     for batch in dsd.batches(list(grids.items()), max(args.batch_size // 6, 1), "curate"):  # a 2x2 grid has six pairs
-        curate_batch(dict(batch), load, args)
+        if missing & dict(batch).keys():
+            curate_batch(dict(batch), model, args)
     state.wait_for_everyone()
     if not state.is_main_process:
         return

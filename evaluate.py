@@ -4,7 +4,6 @@
     python evaluate.py --rows DSD --adapter runs/adapter   # only some rows, by their names or groups
     python evaluate.py --folder dreambench_plus/data --vlm Qwen/Qwen2.5-VL-7B-Instruct \\
         --model black-forest-labs/FLUX.1-dev --adapter FOLDER             # real pictures: one CUDA GPU
-    accelerate launch evaluate.py                          # several GPUs share the pictures
 
 The cases are critters held out of every training, rendered in new contexts. The truth is known, so a judge (an image
 classifier that no other step uses) can say of each attribute whether it is right:
@@ -283,8 +282,9 @@ def evaluate(rows, args, **more):
     both = [exams.Judge(folder) if folder and not args.folder else None for folder in (args.judge, args.witness)]
     args.scorer, records = (*both, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:
+        new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, args)
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and (new or row is rows[-1]):
             report(records, cases, args)
     if PartialState().is_main_process:
         print((args.out / "table.md").read_text(encoding="utf-8"))

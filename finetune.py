@@ -220,9 +220,9 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         if main_process and held_out and (step + 1 == args.steps or (step + 1) % args.validate_every == 0):
             with accelerator.autocast():
                 log[-1] |= validate(pipe, held_out, null_text, args, step + 1)
-        if main_process and (step + 1) % args.save_every == 0:
+        if main_process and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
-    if main_process:
+    if main_process:  # also when a finished run is started again: a lost file is written anew
         save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
     return log
 

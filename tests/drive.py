@@ -1,6 +1,6 @@
 """Runs several scripts in one process, for tests that want a fresh process (or several) but not seconds of imports for
 each script. Takes one JSON argument: {"commands": [[script, argument, ...], ...], "counts": file}. In this file it
-counts how many batches this process worked on, {script: number}."""
+counts how many batches this process did, {script: number}."""
 
 import collections
 import importlib
@@ -12,7 +12,7 @@ from conftest import dsd  # which lets Python find the scripts
 
 from accelerate import PartialState
 
-BATCHES = {"generate_grids": "draw_grids", "curate": "judge_pairs", "finetune": "draw_batch",
+BATCHES = {"generate_grids": "draw_grids", "curate": "curate_batch", "finetune": "draw_batch",
            "sample": "draw_pictures"}
 task, counts = json.loads(sys.argv[1]), collections.Counter()
 for script, *args in task["commands"]:
