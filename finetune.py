@@ -200,7 +200,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="finetune", disable=not main_process)
     for step in bar:
-        generator, losses = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64), 0  # a step's own
+        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64)  # each step has its own
+        losses = 0
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
             parts = batch_losses(model, batch, args) / args.accumulate  # both frames, frame 1, frame 2
