@@ -34,17 +34,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-for library in (diffusers, transformers):  # Some of the imports below print notices, so scripts import dsd first.
+for library in (
+    diffusers,
+    transformers,
+):  # Some of the imports below print notices, so scripts import dsd first.
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # under autocast norms are in float32
-from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
+warnings.filterwarnings(
+    "ignore", "Mismatch dtype between input and weight"
+)  # under autocast norms are in float32
+from diffusers import (
+    FluxControlPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PipelineQuantizationConfig,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # 4 bits a weight
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}  # 4 bits a weight
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -88,14 +102,18 @@ def pack(latents):
 
 def unpack(tokens, h, w):
     """(B, h/2 * w/2, 4 C) -> (B, C, h, w), the inverse of `pack`."""
-    return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2)
+    return torch.nn.functional.pixel_shuffle(
+        tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2
+    )
 
 
 def position_ids(h, w):
     """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column) for each token.
 
     The two frames of a canvas share one coordinate system, like the halves of one wide image (R)."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))  # floats, as FLUX wants
+    return torch.cartesian_prod(
+        torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2)
+    )  # floats, as FLUX wants
 
 
 def split_frames(tokens, h, w):
@@ -118,7 +136,11 @@ def encode(vae, pixels, generator=None):
 def cut_grid(image, rows=2, columns=2):
     """Cut one grid image into its panels, a list of rows * columns images in reading order."""
     w, h = image.width // columns, image.height // rows
-    return [image.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(columns)]
+    return [
+        image.crop((c * w, r * h, (c + 1) * w, (r + 1) * h))
+        for r in range(rows)
+        for c in range(columns)
+    ]
 
 
 def to_pixels(images):
@@ -129,7 +151,9 @@ def to_pixels(images):
 
 def canvas(reference, target=None):
     """Two frames (B, 3, H, W) side by side: (B, 3, H, 2 W). Without a target the right frame is black (R)."""
-    return torch.cat([reference, torch.full_like(reference, -1) if target is None else target], dim=3)
+    return torch.cat(
+        [reference, torch.full_like(reference, -1) if target is None else target], dim=3
+    )
 
 
 # ---- the two-frame model ---------------------------------------------------------------------------------------------
@@ -140,7 +164,9 @@ def widen(transformer):
     second embedder instead, x_embedder(noisy) + c_embedder(cond) (R). That sum equals one Linear on the concatenated
     channels [noisy, cond] (B, N, 128), which is diffusers' Control form and needs no transformer class of our own."""
     old = transformer.x_embedder
-    wide = torch.nn.Linear(2 * old.in_features, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
+    wide = torch.nn.Linear(
+        2 * old.in_features, old.out_features, device=old.weight.device, dtype=old.weight.dtype
+    )
     wide.weight.data = torch.cat([old.weight.data, torch.zeros_like(old.weight.data)], dim=1)
     wide.bias.data = old.bias.data
     transformer.x_embedder = wide
@@ -154,14 +180,27 @@ def add_lora(transformer, rank):
     The condition columns W_c of the embedder are trained at full rank. They too are written as a LoRA, on x_embedder,
     which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained is what is saved, and the file is a
     standard FLUX Control LoRA. All B are zero at the start, so the output is still the teacher's."""
-    blocks = [name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in name]
+    blocks = [
+        name
+        for name, m in transformer.named_modules()
+        if isinstance(m, torch.nn.Linear) and "blocks." in name
+    ]
     channels = transformer.config.out_channels
     transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=[*blocks, "x_embedder"],
-        rank_pattern={"x_embedder": channels}, alpha_pattern={"x_embedder": channels}))
+    transformer.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            init_lora_weights=True,
+            target_modules=[*blocks, "x_embedder"],
+            rank_pattern={"x_embedder": channels},
+            alpha_pattern={"x_embedder": channels},
+        )
+    )
     identity = transformer.x_embedder.lora_A["default"].weight  # (64, 128)
-    identity.data = torch.cat([torch.zeros(channels, channels), torch.eye(channels)], dim=1).to(identity)
+    identity.data = torch.cat([torch.zeros(channels, channels), torch.eye(channels)], dim=1).to(
+        identity
+    )
     identity.requires_grad_(False)
     return transformer
 
@@ -170,18 +209,28 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
     """One forward pass: tokens (B, N, 128), sigma (B,), text = (embeds (B, L, D), pooled (B, P)), ids (N, 3) -> the
     velocity (B, N, 64)."""
     embeds, pooled = text
-    config = getattr(transformer, "module", transformer).config  # training on several GPUs wraps the model
+    config = getattr(
+        transformer, "module", transformer
+    ).config  # training on several GPUs wraps the model
     guidance = torch.full_like(sigma, guidance_scale) if config.guidance_embeds else None
     return transformer(
-        hidden_states=tokens, timestep=sigma.to(tokens.dtype), guidance=guidance, encoder_hidden_states=embeds,
-        pooled_projections=pooled, img_ids=ids, txt_ids=embeds.new_zeros(embeds.shape[1], 3)).sample
+        hidden_states=tokens,
+        timestep=sigma.to(tokens.dtype),
+        guidance=guidance,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        img_ids=ids,
+        txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+    ).sample
 
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
     """B prompts -> (T5 embeddings (B, L, D), pooled CLIP embeddings (B, P)); L is the tokenizer's limit."""
     prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
-    return pipe.encode_prompt(prompts, prompts, max_sequence_length=pipe.tokenizer_2.model_max_length)[:2]
+    return pipe.encode_prompt(
+        prompts, prompts, max_sequence_length=pipe.tokenizer_2.model_max_length
+    )[:2]
 
 
 # ---- guidance and sampling -------------------------------------------------------------------------------------------
@@ -195,16 +244,32 @@ def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
     null_text = [part.expand(len(x), *part.shape[1:]) for part in null_text]
     weights = 1 - s_i, s_i - s_t, s_t  # of v(0,0), v(I,0) and v(I,T): the formula, sorted by pass
     passes = (torch.zeros_like(condition), null_text), (condition, null_text), (condition, text)
-    weights, passes = zip(*[(weight, given) for weight, given in zip(weights, passes) if weight != 0])
+    weights, passes = zip(
+        *[(weight, given) for weight, given in zip(weights, passes) if weight != 0]
+    )
     n = len(weights)
-    v = model(torch.cat([x] * n), torch.cat([c for c, _ in passes]),
-              tuple(torch.cat(parts) for parts in zip(*[t for _, t in passes])))  # (n B, N, 64)
+    v = model(
+        torch.cat([x] * n),
+        torch.cat([c for c, _ in passes]),
+        tuple(torch.cat(parts) for parts in zip(*[t for _, t in passes])),
+    )  # (n B, N, 64)
     return sum(weight * part for weight, part in zip(weights, v.chunk(n)))
 
 
 @torch.no_grad()
-def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidance=1.0, text_guidance=1.0,
-                guidance_scale=3.5, unguided_steps=2, frames=2):
+def sample_edit(
+    pipe,
+    references,
+    text,
+    null_text,
+    seeds,
+    steps=28,
+    image_guidance=1.0,
+    text_guidance=1.0,
+    guidance_scale=3.5,
+    unguided_steps=2,
+    frames=2,
+):
     """Zero-shot sampling (paper section 3.3): B images that show the references' subjects as the prompts say.
 
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers, one for each image's
@@ -214,28 +279,46 @@ def sample_edit(pipe, references, text, null_text, seeds, steps=28, image_guidan
     vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
-    condition = encode(vae, given, generators).to(transformer.dtype)  # (B, N, 64); a sample (R), in training the mean
+    condition = encode(vae, given, generators).to(
+        transformer.dtype
+    )  # (B, N, 64); a sample (R), in training the mean
     height, width = given.shape[2:]
-    x, ids = pipe.prepare_latents(len(seeds), vae.config.latent_channels, height, width, transformer.dtype, device,
-                                  generators)  # (B, N, 64) and (N, 3)
+    x, ids = pipe.prepare_latents(
+        len(seeds), vae.config.latent_channels, height, width, transformer.dtype, device, generators
+    )  # (B, N, 64) and (N, 3)
 
     def model(x, condition, text):
         tokens = torch.cat([x, condition], dim=2)  # (n B, N, 128)
-        sigma = t.expand(len(x)).to(x.dtype) / 1000  # (n B,), t is the loop's; cast first, as in diffusers and R
+        sigma = (
+            t.expand(len(x)).to(x.dtype) / 1000
+        )  # (n B,), t is the loop's; cast first, as in diffusers and R
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
-    config, names = pipe.scheduler.config, ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(x.shape[1], *(config[name] for name in names))  # FLUX.1-dev's shift; other models ignore it
-    pipe.scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device, mu=mu)
+    config, names = (
+        pipe.scheduler.config,
+        ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"),
+    )
+    mu = calculate_shift(
+        x.shape[1], *(config[name] for name in names)
+    )  # FLUX.1-dev's shift; other models ignore it
+    pipe.scheduler.set_timesteps(
+        sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device, mu=mu
+    )
     for i, t in enumerate(pipe.scheduler.timesteps):  # t = 1000 sigma
-        s_i, s_t = (image_guidance, text_guidance) if i >= unguided_steps else (1.0, 1.0)  # none in the first steps (R)
+        s_i, s_t = (
+            (image_guidance, text_guidance) if i >= unguided_steps else (1.0, 1.0)
+        )  # none in the first steps (R)
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
 
     latents = unpack(x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    decoded = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
+    decoded = vae.decode(
+        (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+    ).sample
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
-    return to_images(pipe.image_processor.postprocess(decoded[..., -references.shape[3]:], output_type="pt"))
+    return to_images(
+        pipe.image_processor.postprocess(decoded[..., -references.shape[3] :], output_type="pt")
+    )
 
 
 # ---- the adapter file ------------------------------------------------------------------------------------------------
@@ -247,12 +330,18 @@ def save_adapter(transformer, folder, facts, dtype=torch.float32):
     config = transformer.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
-    tensors = {f"transformer.{name}": tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in get_peft_model_state_dict(transformer).items()}
+    tensors = {
+        f"transformer.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in get_peft_model_state_dict(transformer).items()
+    }
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise DsdError("the adapter's weights are not finite and are not saved; try a lower --learning_rate")
+        raise DsdError(
+            "the adapter's weights are not finite and are not saved; try a lower --learning_rate"
+        )
     with writing(Path(folder) / ADAPTER_FILE) as part:
-        save_file(tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)})
+        save_file(
+            tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
+        )
 
 
 def adapter_facts(adapter):
@@ -260,13 +349,23 @@ def adapter_facts(adapter):
     into it, or {}."""
     if not Path(adapter).exists() and (name := Path(adapter).as_posix()).count("/") == 1:
         with explained(f"no adapter {name}, neither here nor on the hub"):
-            adapter = snapshot_download(name, allow_patterns=[ADAPTER_FILE, "transformer/*.safetensors"])
+            adapter = snapshot_download(
+                name, allow_patterns=[ADAPTER_FILE, "transformer/*.safetensors"]
+            )
     file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
     if not file.is_file():
-        raise DsdError(f"no adapter ({ADAPTER_FILE}) in {adapter}; train one with finetune.py or give --adapter")
+        raise DsdError(
+            f"no adapter ({ADAPTER_FILE}) in {adapter}; train one with finetune.py or give --adapter"
+        )
     with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
-        facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")).get("dsd", {})
-        if facts.get("frames", 2) not in (1, 2) or {type(fact) for fact in facts.values()} - {int, float, type(None)}:
+        facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")).get(
+            "dsd", {}
+        )
+        if facts.get("frames", 2) not in (1, 2) or {type(fact) for fact in facts.values()} - {
+            int,
+            float,
+            type(None),
+        }:
             raise ValueError(f"it says {facts}")
     return file, facts
 
@@ -275,20 +374,35 @@ def load_adapter(pipe, adapter):
     """Load an adapter into a FluxControlPipeline, in place: one of finetune.py, or the authors' released layout.
     Returns its facts."""
     file, facts = adapter_facts(adapter)
-    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file, foreign layers
+    with explained(
+        f"the adapter {file} does not fit this model"
+    ):  # wrong shapes, a cut file, foreign layers
         tensors = load_file(file)
         if (file.parent / "transformer").is_dir():
             if getattr(pipe.transformer, "hf_quantizer", None):
-                raise DsdError(f"{file.parent} holds a whole transformer, not for weights of 4 bits; drop --quantize")
+                raise DsdError(
+                    f"{file.parent} holds a whole transformer, not for weights of 4 bits; drop --quantize"
+                )
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
-            raise DsdError(f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter")
+            raise DsdError(
+                f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter"
+            )
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("its weights are not finite")
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default")
+        pipe.load_lora_weights(
+            str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default"
+        )
         loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
-        if lost := {name for name in tensors if name.startswith("transformer.") and ".lora_" in name} - loaded:
-            raise ValueError(f"the model has no place for {len(lost)} of its layers, such as {min(lost)}")
+        if (
+            lost := {
+                name for name in tensors if name.startswith("transformer.") and ".lora_" in name
+            }
+            - loaded
+        ):
+            raise ValueError(
+                f"the model has no place for {len(lost)} of its layers, such as {min(lost)}"
+            )
     return facts
 
 
@@ -299,8 +413,12 @@ def load_released_transformer(transformer, folder):
     state = {}
     with explained(f"{folder}: not a released DSD transformer for this model"):
         for file in sorted(folder.glob("*.safetensors")):
-            state |= {name: tensor for name, tensor in load_file(file).items() if ".lora_" not in name}
-        state["x_embedder.weight"] = torch.cat([state["x_embedder.weight"], state.pop("c_embedder.weight")], dim=1)
+            state |= {
+                name: tensor for name, tensor in load_file(file).items() if ".lora_" not in name
+            }
+        state["x_embedder.weight"] = torch.cat(
+            [state["x_embedder.weight"], state.pop("c_embedder.weight")], dim=1
+        )
         state["x_embedder.bias"] = state["x_embedder.bias"] + state.pop("c_embedder.bias")
         widen(transformer).load_state_dict(state)
 
@@ -309,10 +427,13 @@ def load_released_transformer(transformer, folder):
 # The method ends here. What follows is housekeeping: devices, loading, options, files, pictures.
 # ======================================================================================================================
 
+
 # ---- devices and models ----------------------------------------------------------------------------------------------
 def weight_dtype():
     """The number format that models are loaded in: bfloat16 on a GPU that has it natively, else float32."""
-    native = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     return torch.bfloat16 if native else torch.float32
 
 
@@ -325,8 +446,10 @@ def memory_in_use():
 def check_here(model):
     """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
-        raise DsdError(f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
-                       "newer). The miniature, in miniature/, runs anywhere")
+        raise DsdError(
+            f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
+            "newer). The miniature, in miniature/, runs anywhere"
+        )
 
 
 def check_model(model, *sides):
@@ -338,30 +461,60 @@ def check_model(model, *sides):
         load = FluxTransformer2DModel.load_config  # it reads the configuration of any part
         vae, config = (load(model, subfolder=part) for part in ("vae", "transformer"))
         if pipeline != "FluxPipeline" or config["in_channels"] != 64:
-            raise ValueError(f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64")
+            raise ValueError(
+                f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64"
+            )
         unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
     if any(side % unit for side in sides):
-        raise DsdError(f"a picture of {' x '.join(map(str, sides))} pixels: this model needs multiples of {unit}")
+        raise DsdError(
+            f"a picture of {' x '.join(map(str, sides))} pixels: this model needs multiples of {unit}"
+        )
 
 
-def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dtype=None, prompt_tokens=None, **parts):
+def load_pipeline(
+    cls,
+    model,
+    quantize="none",
+    offload="none",
+    adapter=None,
+    dtype=None,
+    prompt_tokens=None,
+    **parts,
+):
     """A FLUX folder or hub name as a pipeline of class `cls` on the device, with an adapter if one is given.
 
     quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
     check_model(model)
     dtype = dtype or weight_dtype()
     nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
-    large = {"transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),  # widened later
-             "text_encoder_2": transformers.BitsAndBytesConfig(**nf4)} if quantize == "nf4" else {}
+    large = (
+        {
+            "transformer": diffusers.BitsAndBytesConfig(
+                **nf4, llm_int8_skip_modules=["x_embedder"]
+            ),  # widened later
+            "text_encoder_2": transformers.BitsAndBytesConfig(**nf4),
+        }
+        if quantize == "nf4"
+        else {}
+    )
     large = {name: config for name, config in large.items() if name not in parts}
     config = PipelineQuantizationConfig(quant_mapping=large) if large else None
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
-        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, quantization_config=config, **parts)
+        pipe = cls.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, quantization_config=config, **parts
+        )
     pipe.set_progress_bar_config(disable=True)
-    limits = [pipe.tokenizer_2.model_max_length, 512 if pipe.scheduler.config.use_dynamic_shifting else 256]  # schnell
+    limits = [
+        pipe.tokenizer_2.model_max_length,
+        512 if pipe.scheduler.config.use_dynamic_shifting else 256,
+    ]  # schnell
     if adapter:
-        prompt_tokens = load_adapter(pipe, adapter).get("prompt_tokens")  # before offloading takes the weights away
-    if cls is FluxControlPipeline:  # * the prompt of a canvas describes one panel and is shorter than a grid's
+        prompt_tokens = load_adapter(pipe, adapter).get(
+            "prompt_tokens"
+        )  # before offloading takes the weights away
+    if (
+        cls is FluxControlPipeline
+    ):  # * the prompt of a canvas describes one panel and is shorter than a grid's
         limits.append(prompt_tokens or folder_settings(model).get("canvas_prompt_tokens", 512))
     pipe.tokenizer_2.model_max_length = min(limits)
     if offload == "none":
@@ -373,21 +526,41 @@ def load_pipeline(cls, model, quantize="none", offload="none", adapter=None, dty
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
     dtype, device = weight_dtype(), str(PartialState().device)
-    nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if quantize == "nf4" else None
-    return cls.from_pretrained(name, dtype=dtype, use_safetensors=True, device_map=device,
-                               quantization_config=nf4).eval()
+    nf4 = (
+        transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+        if quantize == "nf4"
+        else None
+    )
+    return cls.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, device_map=device, quantization_config=nf4
+    ).eval()
 
 
 def warn_of_prompts(pipe, prompts):
     """Say on stderr what the T5 will not read: ends of prompts beyond its limit, and words that it does not know."""
-    t5, limit, prompts = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length, list(dict.fromkeys(prompts))
+    t5, limit, prompts = (
+        pipe.tokenizer_2,
+        pipe.tokenizer_2.model_max_length,
+        list(dict.fromkeys(prompts)),
+    )
     encoded = t5(prompts).input_ids
     if long := [ids for ids in encoded if len(ids) > limit]:
-        print(f"warning: {len(long)} of {len(prompts)} prompts are longer than the {limit - 1} tokens that are read; "
-              f"left out of the first: \"{t5.decode(long[0][limit - 1:-1])}\"", file=sys.stderr)
-    words = {word for text, ids in zip(prompts, encoded) if t5.unk_token_id in ids for word in text.split()}
+        print(
+            f"warning: {len(long)} of {len(prompts)} prompts are longer than the {limit - 1} tokens that are read; "
+            f'left out of the first: "{t5.decode(long[0][limit - 1 : -1])}"',
+            file=sys.stderr,
+        )
+    words = {
+        word
+        for text, ids in zip(prompts, encoded)
+        if t5.unk_token_id in ids
+        for word in text.split()
+    }
     if unknown := sorted(word for word in words if t5.unk_token_id in t5(word).input_ids):
-        print(f"warning: {len(unknown)} words are unknown to this model: {' '.join(unknown[:10])}", file=sys.stderr)
+        print(
+            f"warning: {len(unknown)} words are unknown to this model: {' '.join(unknown[:10])}",
+            file=sys.stderr,
+        )
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -415,29 +588,48 @@ class Parser(argparse.ArgumentParser):
         raise DsdError(f"{message}; --help explains the options")
 
     def add_large_model_options(self, offload=True):
-        self.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: weights of 4 bits; needs "
-                          "bitsandbytes and a CUDA GPU")
+        self.add_argument(
+            "--quantize",
+            choices=["none", "nf4"],
+            default="none",
+            help="nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU",
+        )
         if offload:
-            self.add_argument("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights "
-                              "in main memory until they are needed: whole models, or (slower, smaller) single layers")
+            self.add_argument(
+                "--offload",
+                choices=["none", "model", "sequential"],
+                default="none",
+                help="keep weights "
+                "in main memory until they are needed: whole models, or (slower, smaller) single layers",
+            )
 
     def parse(self, step, source="model", **more):
         """The options. Defaults for this step come from the folder of --model (or --vlm); `more` overrides them."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads this option only
+        first = argparse.ArgumentParser(
+            add_help=False, allow_abbrev=False
+        )  # reads this option only
         first.error = self.error
         first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
         folder = first.parse_known_args()[0].folder
-        with explained(f"{folder}/dsd.json: \"{step}\" must hold values of options; restore the model's folder"):
+        with explained(
+            f'{folder}/dsd.json: "{step}" must hold values of options; restore the model\'s folder'
+        ):
             more = dict(folder_settings(folder).get(step, {}) if folder else {}) | more
             typed = [option.dest for option in self._actions if option.type and not option.nargs]
             if odd := [name for name in typed if isinstance(more.get(name), (list, dict))]:
                 raise ValueError(f"{odd[0]} is not one value")
-        texts = {name: str(more[name]) for name in typed if more.get(name) is not None}  # argparse checks texts only
+        texts = {
+            name: str(more[name]) for name in typed if more.get(name) is not None
+        }  # argparse checks texts only
         self.set_defaults(**more | texts)
         args = self.parse_args()
-        if args.device == "cpu" and {getattr(args, name, "none") for name in ("quantize", "offload")} != {"none"}:
+        if args.device == "cpu" and {
+            getattr(args, name, "none") for name in ("quantize", "offload")
+        } != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
-        PartialState(cpu=args.device == "cpu")  # later PartialState() calls report this device and this process's rank
+        PartialState(
+            cpu=args.device == "cpu"
+        )  # later PartialState() calls report this device and this process's rank
         return args
 
 
@@ -448,10 +640,12 @@ def folder_settings(model):
 
 def at_least(low, number=int):
     """A type for argparse: a number from `low` up, and below 2**31, which keeps out infinity."""
+
     def check(text):
         if not low <= number(text) < 2**31:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and below 2**31")
         return number(text)
+
     check.__name__ = {int: "whole number", float: "number"}[number]  # for argparse's message
     return check
 
@@ -467,8 +661,13 @@ def run_main(main):
         line = str(error)
     except OSError as error:  # no permission, a file where a folder should be, a full disk
         line = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError, on a GPU a subclass
-        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch's allocators raise RuntimeError, on a GPU a subclass
+        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(
+            error, MemoryError
+        ):
             raise
         line = f"out of memory; take a smaller --batch_size or picture ({error})"
     print("\nerror: " + " ".join(line.split()), file=sys.stderr)
@@ -483,7 +682,9 @@ def explained(message, *errors):
     except DsdError:
         raise
     except errors or Exception as error:
-        raise DsdError(f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
+        raise DsdError(
+            f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})"
+        ) from error
 
 
 def open_out(args, step, changeable, **more):
@@ -494,19 +695,41 @@ def open_out(args, step, changeable, **more):
     Of several processes only the main one does this."""
     if not PartialState().is_main_process:
         return
-    run = {name: value for name, value in vars(args).items() if name not in ("out", "device", *changeable)}
-    run |= {name: name_of(run[name]) for name in ("model", "vlm", "llm", "adapter") if run.get(name)}
-    run = json.loads(json.dumps({"step": step, **run, **more}))  # in the file's form: tuples become lists
+    run = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("out", "device", *changeable)
+    }
+    run |= {
+        name: name_of(run[name]) for name in ("model", "vlm", "llm", "adapter") if run.get(name)
+    }
+    run = json.loads(
+        json.dumps({"step": step, **run, **more})
+    )  # in the file's form: tuples become lists
     args.out.mkdir(parents=True, exist_ok=True)
     args.lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
-    with explained(f"{args.out} is in use by another process; wait for it or give another --out", Timeout):
+    with explained(
+        f"{args.out} is in use by another process; wait for it or give another --out", Timeout
+    ):
         args.lock.acquire(blocking=False)
     before = read_json(path)
-    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {path.name, f"{path.name}.part"}
+    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {
+        path.name,
+        f"{path.name}.part",
+    }
     if names and before != run:
-        odd = [f"its {name} was {str(before.get(name))[:60]}" for name in {**before, **run}
-               if before.get(name) != run.get(name)] if before else [min(names)]
-        raise DsdError(f"{args.out} holds another run or other files ({odd[0]}); delete it or give another --out")
+        odd = (
+            [
+                f"its {name} was {str(before.get(name))[:60]}"
+                for name in {**before, **run}
+                if before.get(name) != run.get(name)
+            ]
+            if before
+            else [min(names)]
+        )
+        raise DsdError(
+            f"{args.out} holds another run or other files ({odd[0]}); delete it or give another --out"
+        )
     write_json(path, run)
 
 
@@ -516,8 +739,12 @@ def writing(path):
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with explained(f"cannot write {path}; make room or give another --out", OSError, SafetensorError,
-                       RuntimeError):  # the last is torch.save's
+        with explained(
+            f"cannot write {path}; make room or give another --out",
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ):  # the last is torch.save's
             yield part
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
@@ -544,7 +771,9 @@ def read_records(path, *texts):
     """The objects in a file of JSON lines, a list. texts: names of fields that every record must have, as text."""
     records = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        with explained(f"{path}, line {number}: not a record of this project; correct it or make it again"):
+        with explained(
+            f"{path}, line {number}: not a record of this project; correct it or make it again"
+        ):
             records.append(dict(json.loads(line)))
             if odd := [name for name in texts if not isinstance(records[-1][name], str)]:
                 raise ValueError(f"{odd[0]} is not text")
@@ -561,14 +790,21 @@ def name_of(path):
 def digest(*files, text=""):
     """The first 16 hexadecimal digits of the SHA-256 of some files' contents, and of a text."""
     parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files]
-    return hashlib.sha256(b"".join([*parts, text.encode(errors="backslashreplace")])).hexdigest()[:16]
+    return hashlib.sha256(b"".join([*parts, text.encode(errors="backslashreplace")])).hexdigest()[
+        :16
+    ]
 
 
 def batches(items, size, name):
     """This process's batches of some items, with a progress bar. What is done already does not change them: so a run
     that was interrupted computes the same batches, and the same bytes."""
-    state, parts = PartialState(), [items[i:i + size] for i in range(0, len(items), size)]
-    return tqdm(parts[state.process_index::state.num_processes], name, unit="batch", disable=not state.is_main_process)
+    state, parts = PartialState(), [items[i : i + size] for i in range(0, len(items), size)]
+    return tqdm(
+        parts[state.process_index :: state.num_processes],
+        name,
+        unit="batch",
+        disable=not state.is_main_process,
+    )
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -599,7 +835,9 @@ def fit_image(image, width, height, fit="crop"):
 def to_images(pixels):
     """(B, 3, H, W) in [0, 1] -> B images. Numbers that are not finite would become black: they are an error."""
     if not pixels.isfinite().all():
-        raise DsdError("the model drew a picture that is not finite; check the weights, or lower the guidance")
+        raise DsdError(
+            "the model drew a picture that is not finite; check the weights, or lower the guidance"
+        )
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
 
 
@@ -610,14 +848,24 @@ def save_image(image, path, **options):
 
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
-    width = max(60, *(side * image.width // image.height for row in rows for image, _ in row))  # room for a word
-    rows = [[(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows]  # 6 pixels a letter
+    width = max(
+        60, *(side * image.width // image.height for row in rows for image, _ in row)
+    )  # room for a word
+    rows = [
+        [(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows
+    ]  # 6 pixels a letter
     heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in rows]
     sheet = Image.new("RGB", ((width + 6) * max(map(len, rows)), sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for r, row in enumerate(rows):
         for c, (image, lines) in enumerate(row):
-            x, y, size = (width + 6) * c + 6, sum(heights[:r]) + 6, (max(side * image.width // image.height, 1), side)
-            sheet.paste(image.resize(size, Image.NEAREST if image.height < side else Image.LANCZOS), (x, y))
+            x, y, size = (
+                (width + 6) * c + 6,
+                sum(heights[:r]) + 6,
+                (max(side * image.width // image.height, 1), side),
+            )
+            sheet.paste(
+                image.resize(size, Image.NEAREST if image.height < side else Image.LANCZOS), (x, y)
+            )
             draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
     save_image(sheet, path)

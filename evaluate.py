@@ -40,29 +40,61 @@ import sample
 from miniature import exams
 
 COLUMNS = {  # of the two tables: heading -> score
-    "subject": {"CP": "cp", "all kept": "all_kept", "PF": "pf", "CPxPF": "cp_pf", "de-biased CPxPF": "cp_pf_new",
-                "VLM CP": "vlm_cp", "VLM PF": "vlm_pf", "VLM CPxPF": "vlm_cp_pf", "VLM de-biased": "vlm_cp_pf_new",
-                "CPxPF, same pose": "cp_pf_same pose", "CPxPF, moved": "cp_pf_moved", "CPxPF, turned": "cp_pf_turned",
-                "witness's CP": "witness_cp", "witness's CPxPF": "witness_cp_pf", "judges agree": "judges_agree",
-                "DSD minus this row, CPxPF": "dsd_minus"},
-    "relight": {"identity (CP)": "cp", "scene kept": "scene_as_wanted", "pose kept": "pose",
-                "light as asked": "light_as_wanted"}}
+    "subject": {
+        "CP": "cp",
+        "all kept": "all_kept",
+        "PF": "pf",
+        "CPxPF": "cp_pf",
+        "de-biased CPxPF": "cp_pf_new",
+        "VLM CP": "vlm_cp",
+        "VLM PF": "vlm_pf",
+        "VLM CPxPF": "vlm_cp_pf",
+        "VLM de-biased": "vlm_cp_pf_new",
+        "CPxPF, same pose": "cp_pf_same pose",
+        "CPxPF, moved": "cp_pf_moved",
+        "CPxPF, turned": "cp_pf_turned",
+        "witness's CP": "witness_cp",
+        "witness's CPxPF": "witness_cp_pf",
+        "judges agree": "judges_agree",
+        "DSD minus this row, CPxPF": "dsd_minus",
+    },
+    "relight": {
+        "identity (CP)": "cp",
+        "scene kept": "scene_as_wanted",
+        "pose kept": "pose",
+        "light as asked": "light_as_wanted",
+    },
+}
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
 # One line of the table: draw(pipe, cases, args) -> images, with a pipeline of this class and options of its own.
 # `train` is called before the first picture is drawn, and returns further options.
-Row = collections.namedtuple("Row", "name group draw pipeline options train", defaults=[None, {}, dict])
+Row = collections.namedtuple(
+    "Row", "name group draw pipeline options train", defaults=[None, {}, dict]
+)
 
 
 def teacher(pipe, cases, args, prompts=None, frames=1, **more):
     """Pictures by a stock pipeline with the teacher's settings; every case has a generator of its own."""
-    tokens = min(args.prompt_tokens[frames - 1], pipe.tokenizer_2.model_max_length)  # as many as it was trained with
-    return dsd.to_images(pipe(
-        prompts or [case.prompt for case in cases], negative_prompt=[""] * len(cases), width=frames * args.width,
-        height=args.height, num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale,
-        guidance_scale=args.guidance_scale, max_sequence_length=tokens, output_type="pt",
-        generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases], **more).images)
+    tokens = min(
+        args.prompt_tokens[frames - 1], pipe.tokenizer_2.model_max_length
+    )  # as many as it was trained with
+    return dsd.to_images(
+        pipe(
+            prompts or [case.prompt for case in cases],
+            negative_prompt=[""] * len(cases),
+            width=frames * args.width,
+            height=args.height,
+            num_inference_steps=args.steps,
+            true_cfg_scale=args.true_cfg_scale,
+            guidance_scale=args.guidance_scale,
+            max_sequence_length=tokens,
+            output_type="pt",
+            generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases],
+            **more,
+        ).images
+    )
 
 
 def sdedit(pipe, cases, args):
@@ -80,26 +112,53 @@ def two_frames(cases):
 def inpainting(pipe, cases, args, **more):
     """In-context inpainting: the unmodified teacher fills the right frame; the prompt says what both frames show."""
     canvases, mask = two_frames(cases)
-    drawn = teacher(pipe, cases, args, [case.sheet_prompt for case in cases], frames=2, image=canvases, mask_image=mask,
-                    strength=1.0, **more)
+    drawn = teacher(
+        pipe,
+        cases,
+        args,
+        [case.sheet_prompt for case in cases],
+        frames=2,
+        image=canvases,
+        mask_image=mask,
+        strength=1.0,
+        **more,
+    )
     return [dsd.cut_grid(image, 1, 2)[1] for image in drawn]
 
 
 def zero_shot(pipe, cases, args):
     """This project's method, by sample.py's own function, with the frames and distilled guidance of its training."""
-    facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[1]
-    own = argparse.Namespace(**vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")})
-    return sample.draw_pictures(pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own)
+    facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[
+        1
+    ]
+    own = argparse.Namespace(
+        **vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")}
+    )
+    return sample.draw_pictures(
+        pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own
+    )
 
 
 def all_rows(args):
     """The rows of this script, in the table's order."""
-    truth = [] if args.folder else [Row("true rendering", "bounds", lambda pipe, cases, args: [c.truth for c in cases])]
-    return [Row("prompt alone", "bounds", teacher, FluxPipeline),  # a floor: the teacher never sees the reference
-            Row("reference copied", "bounds", lambda pipe, cases, args: [c.image for c in cases]), *truth,
-            *[Row(f"SDEdit {s}", "zero-shot", sdedit, FluxImg2ImgPipeline, {"strength": s}) for s in args.strengths],
-            Row("in-context inpainting", "zero-shot", inpainting, FluxInpaintPipeline),
-            Row("DSD", "DSD", zero_shot, FluxControlPipeline)]
+    truth = (
+        []
+        if args.folder
+        else [Row("true rendering", "bounds", lambda pipe, cases, args: [c.truth for c in cases])]
+    )
+    return [
+        Row(
+            "prompt alone", "bounds", teacher, FluxPipeline
+        ),  # a floor: the teacher never sees the reference
+        Row("reference copied", "bounds", lambda pipe, cases, args: [c.image for c in cases]),
+        *truth,
+        *[
+            Row(f"SDEdit {s}", "zero-shot", sdedit, FluxImg2ImgPipeline, {"strength": s})
+            for s in args.strengths
+        ],
+        Row("in-context inpainting", "zero-shot", inpainting, FluxInpaintPipeline),
+        Row("DSD", "DSD", zero_shot, FluxControlPipeline),
+    ]
 
 
 # ---- drawing and scoring ---------------------------------------------------------------------------------------------
@@ -107,7 +166,9 @@ def load(row, args):
     """The pipeline of a row and its options."""
     args = argparse.Namespace(**vars(args) | row.train())
     adapter = args.adapter if row.pipeline is FluxControlPipeline else None
-    return row.pipeline and dsd.load_pipeline(row.pipeline, args.model, args.quantize, args.offload, adapter), args
+    return row.pipeline and dsd.load_pipeline(
+        row.pipeline, args.model, args.quantize, args.offload, adapter
+    ), args
 
 
 def run_row(row, cases, args):
@@ -121,7 +182,9 @@ def run_row(row, cases, args):
         if not all(file.exists() for file in files):
             pipe, options = loaded = loaded or load(row, args)
             for image, file in zip(row.draw(pipe, some, options), files):
-                if not file.exists():  # with more --references a batch may begin with pictures that are there
+                if (
+                    not file.exists()
+                ):  # with more --references a batch may begin with pictures that are there
                     dsd.save_image(image, file)
         records = exams.score(*args.scorer, some, [dsd.open_image(file) for file in files])
         for case, file, record in zip(some, files, records):
@@ -140,9 +203,13 @@ def bootstrap(values, references, resamples=2000):
     if not known:
         return None
     numbers, place = torch.tensor([r for r, _ in known]).unique(return_inverse=True)
-    sums = torch.zeros(len(numbers), 2, dtype=torch.float64)  # of the values of each reference, and how many they are
+    sums = torch.zeros(
+        len(numbers), 2, dtype=torch.float64
+    )  # of the values of each reference, and how many they are
     sums.index_add_(0, place, torch.tensor([(v, 1) for _, v in known], dtype=torch.float64))
-    draws = torch.randint(len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0))
+    draws = torch.randint(
+        len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0)
+    )
     totals = sums[draws].sum(1)  # (resamples, 2)
     ends = (totals[:, 0] / totals[:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return [round(float(x), 4) for x in (sums[:, 0].sum() / sums[:, 1].sum(), *ends)]
@@ -157,10 +224,20 @@ def summarise(records, ours=(), headline="cp_pf"):
     result = {}
     for kind in dict.fromkeys(record["kind"] for record in records):
         some = [record for record in records if record["kind"] == kind]
-        names = sorted({name for r in some for name, value in r.items() if isinstance(value, float | None)})
-        unscored = sum(exams.parse_score(answer) is None for r in some for answer in r["answers"].values())
-        result[kind] = {"n": len(some), "unscored": unscored, **{
-            name: bootstrap([r.get(name) for r in some], [r["reference"] for r in some]) for name in names}}
+        names = sorted(
+            {name for r in some for name, value in r.items() if isinstance(value, float | None)}
+        )
+        unscored = sum(
+            exams.parse_score(answer) is None for r in some for answer in r["answers"].values()
+        )
+        result[kind] = {
+            "n": len(some),
+            "unscored": unscored,
+            **{
+                name: bootstrap([r.get(name) for r in some], [r["reference"] for r in some])
+                for name in names
+            },
+        }
     return result
 
 
@@ -168,17 +245,29 @@ def summarise(records, ours=(), headline="cp_pf"):
 def markdown(results, kind):
     """A table of the rows that have cases of this kind; columns without a value are left out."""
     results = {name: result[kind] for name, result in results.items() if kind in result}
-    columns = {head: key for head, key in COLUMNS[kind].items() if any(r.get(key) for r in results.values())}
+    columns = {
+        head: key
+        for head, key in COLUMNS[kind].items()
+        if any(r.get(key) for r in results.values())
+    }
     rows = [["method", "cases", *columns], ["---"] * (len(columns) + 2)]
-    rows += [[name, str(r["n"])] + ["{:.2f} ({:.2f} to {:.2f})".format(*r[key]) if r.get(key) else ""
-                                    for key in columns.values()] for name, r in results.items()]
+    rows += [
+        [name, str(r["n"])]
+        + [
+            "{:.2f} ({:.2f} to {:.2f})".format(*r[key]) if r.get(key) else ""
+            for key in columns.values()
+        ]
+        for name, r in results.items()
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def draw_scatter(results, keys, path):
     """Left: CP against PF; grey lines join points of the same product. Right: this product for each row, over all cases
     and by what is asked of the pose. Bars are 95 % intervals. keys: the names of CP, PF and the product."""
-    left, right = (figure := Figure(figsize=(13, 2 + 0.35 * len(results)), layout="constrained")).subplots(1, 2)
+    left, right = (
+        figure := Figure(figsize=(13, 2 + 0.35 * len(results)), layout="constrained")
+    ).subplots(1, 2)
     x = torch.linspace(0.02, 1, 100)
     for product in torch.arange(0.1, 1, 0.1):
         left.plot(x, product / x, color="0.9", zorder=0)
@@ -190,11 +279,25 @@ def draw_scatter(results, keys, path):
     for k, result in enumerate(results.values()):
         (cp, cp_ends), (pf, pf_ends) = bar(result, keys[0]), bar(result, keys[1])
         left.errorbar(pf, cp, cp_ends, pf_ends, color=f"C{k % 10}", fmt="osD^v"[k // 10 % 5])
-        for j, (case, mark) in enumerate({"": "ko", "_same pose": "C0s", "_moved": "C1D", "_turned": "C2^"}.items()):
+        for j, (case, mark) in enumerate(
+            {"": "ko", "_same pose": "C0s", "_moved": "C1D", "_turned": "C2^"}.items()
+        ):
             mean, ends = bar(result, keys[2] + case)
-            right.errorbar(mean, k + 0.2 * j - 0.3, xerr=ends, fmt=mark, markersize=4, label=case[1:] or "all cases")
+            right.errorbar(
+                mean,
+                k + 0.2 * j - 0.3,
+                xerr=ends,
+                fmt=mark,
+                markersize=4,
+                label=case[1:] or "all cases",
+            )
     right.legend(handles=right.containers[:4], loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
-    left.set(xlabel="prompt following (PF)", ylabel="concept preservation (CP)", xlim=(0, 1.02), ylim=(0, 1.05))
+    left.set(
+        xlabel="prompt following (PF)",
+        ylabel="concept preservation (CP)",
+        xlim=(0, 1.02),
+        ylim=(0, 1.05),
+    )
     right.set(xlabel="CP x PF", xlim=(0, 1.02), ylim=(len(results), -1))
     right.set_yticks(range(len(results)), results)
     for k, label in enumerate(right.get_yticklabels()):  # the colours of the left half
@@ -206,22 +309,43 @@ def draw_scatter(results, keys, path):
 def report(records, cases, args):
     """Write table.md, scores.json, scatter.png and contact_sheet.png of {row's name: records}."""
     keys = ("vlm_cp", "vlm_pf", "vlm_cp_pf") if args.folder else ("cp", "pf", "cp_pf")
-    results = {name: summarise(some, records.get("DSD", []), keys[2]) for name, some in records.items()}
-    parts = [f"Made by `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. Means with 95 % bootstrap intervals over "
-             "references.", markdown(results, "subject")]
+    results = {
+        name: summarise(some, records.get("DSD", []), keys[2]) for name, some in records.items()
+    }
+    parts = [
+        f"Made by `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. Means with 95 % bootstrap intervals over "
+        "references.",
+        markdown(results, "subject"),
+    ]
     if not args.folder:
-        parts += ["Relighting (the same scene and pose in another light):", markdown(results, "relight")]
-    unscored = {name: sum(kind["unscored"] for kind in result.values()) for name, result in results.items()}
+        parts += [
+            "Relighting (the same scene and pose in another light):",
+            markdown(results, "relight"),
+        ]
+    unscored = {
+        name: sum(kind["unscored"] for kind in result.values()) for name, result in results.items()
+    }
     if any(unscored.values()):
         parts += [f"Answers of the VLM without a score, which are left out: {unscored}"]
     with dsd.writing(args.out / "table.md") as part:
         part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     dsd.write_json(args.out / "scores.json", results)
     draw_scatter(results, keys, args.out / "scatter.png")
-    columns = range(0, len(cases), len(cases) // len({case.reference for case in cases}) + 1)[:8]  # other references
-    dsd.contact_sheet([[(cases[k].image, f"reference; {cases[k].prompt}") for k in columns]] + [
-        [(dsd.open_image(args.out / "rows" / name / f"{k:04d}.png"), name) for k in columns if k < len(some)]
-        for name, some in records.items()], args.out / "contact_sheet.png")
+    columns = range(0, len(cases), len(cases) // len({case.reference for case in cases}) + 1)[
+        :8
+    ]  # other references
+    dsd.contact_sheet(
+        [[(cases[k].image, f"reference; {cases[k].prompt}") for k in columns]]
+        + [
+            [
+                (dsd.open_image(args.out / "rows" / name / f"{k:04d}.png"), name)
+                for k in columns
+                if k < len(some)
+            ]
+            for name, some in records.items()
+        ],
+        args.out / "contact_sheet.png",
+    )
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -230,27 +354,76 @@ def parse_args(parser):
     add = parser.add_argument
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
-    add("--vlm", default=dsd.MINIATURE / "vlm", help="gives scores: an image-text-to-text folder or hub name")
-    add("--judge", type=Path, default=dsd.MINIATURE / "judge", help="gives scores: the folder of an image classifier")
-    add("--witness", type=Path, help="a second judge of another architecture, whose marks stand beside the first's")
-    add("--rows", nargs="+", metavar="NAME", help="only the rows, and groups of rows, of these names")
-    add("--references", dest="count", type=dsd.at_least(1), help="how many; if not given, 16 or the whole folder")
-    add("--prompts", dest="contexts", type=dsd.at_least(1), help="new contexts for each reference (beside one in "
-        "another light), or with --folder its first so many prompts; if not given, 4 or all of them")
-    add("--folder", type=Path, help="a folder in DreamBench++'s layout, in place of the miniature's cases")
-    add("--strengths", type=float, choices=[k / 10 for k in range(1, 11)], nargs="+", default=[0.5], metavar="S",
-        help="of SDEdit: 0.1, 0.2, ..., 1.0")
+    add(
+        "--vlm",
+        default=dsd.MINIATURE / "vlm",
+        help="gives scores: an image-text-to-text folder or hub name",
+    )
+    add(
+        "--judge",
+        type=Path,
+        default=dsd.MINIATURE / "judge",
+        help="gives scores: the folder of an image classifier",
+    )
+    add(
+        "--witness",
+        type=Path,
+        help="a second judge of another architecture, whose marks stand beside the first's",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        metavar="NAME",
+        help="only the rows, and groups of rows, of these names",
+    )
+    add(
+        "--references",
+        dest="count",
+        type=dsd.at_least(1),
+        help="how many; if not given, 16 or the whole folder",
+    )
+    add(
+        "--prompts",
+        dest="contexts",
+        type=dsd.at_least(1),
+        help="new contexts for each reference (beside one in "
+        "another light), or with --folder its first so many prompts; if not given, 4 or all of them",
+    )
+    add(
+        "--folder",
+        type=Path,
+        help="a folder in DreamBench++'s layout, in place of the miniature's cases",
+    )
+    add(
+        "--strengths",
+        type=float,
+        choices=[k / 10 for k in range(1, 11)],
+        nargs="+",
+        default=[0.5],
+        metavar="S",
+        help="of SDEdit: 0.1, 0.2, ..., 1.0",
+    )
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
     sample.add_drawing_options(parser)
     parser.set_defaults(shipped_adapter="")
     args = parser.parse("sample")
-    adapter = args.adapter or (Path(args.model) / args.shipped_adapter if args.shipped_adapter else None)
+    adapter = args.adapter or (
+        Path(args.model) / args.shipped_adapter if args.shipped_adapter else None
+    )
     facts = dsd.adapter_facts(adapter)[1] if adapter else {}
     names = {"width", "height", "image_guidance", "text_guidance"} & set(facts)
-    args, folder = parser.parse("sample", **{name: facts[name] for name in names}), dsd.folder_settings(args.model)
-    args.adapter, args.true_cfg_scale = adapter, folder.get("generate_grids", {}).get("true_cfg_scale", 1.0)
+    args, folder = (
+        parser.parse("sample", **{name: facts[name] for name in names}),
+        dsd.folder_settings(args.model),
+    )
+    args.adapter, args.true_cfg_scale = (
+        adapter,
+        folder.get("generate_grids", {}).get("true_cfg_scale", 1.0),
+    )
     args.contexts = args.contexts or (None if args.folder else 4)
-    args.prompt_tokens = [folder.get("evaluate", {}).get(f"{kind}_prompt_tokens", 512) for kind in ("panel", "sheet")]
+    args.prompt_tokens = [
+        folder.get("evaluate", {}).get(f"{kind}_prompt_tokens", 512) for kind in ("panel", "sheet")
+    ]
     return args
 
 
@@ -259,7 +432,9 @@ def choose_rows(rows, args):
     known = {name.lower() for row in rows for name in (row.name, row.group)}
     names = {name.lower() for name in args.rows or known}
     if names - known:
-        raise dsd.DsdError(f"no row or group is called {min(names - known)}; there are: {', '.join(sorted(known))}")
+        raise dsd.DsdError(
+            f"no row or group is called {min(names - known)}; there are: {', '.join(sorted(known))}"
+        )
     chosen = [row for row in rows if {row.name.lower(), row.group.lower()} & names]
     if not args.adapter and any(row.pipeline is FluxControlPipeline for row in chosen):
         raise dsd.DsdError("this model ships no adapter; give --adapter FOLDER")
@@ -269,17 +444,42 @@ def choose_rows(rows, args):
 def evaluate(rows, args, **more):
     """Draw and score the rows; after each one, report what is known so far. more: what else decides the results."""
     dsd.check_model(args.model, args.width, args.height)
-    cases = exams.folder_cases(args) if args.folder else exams.world_cases(
-        range(args.count or 16), args.contexts, args.seed, args.width, exams.seen_identities(args.adapter))
+    cases = (
+        exams.folder_cases(args)
+        if args.folder
+        else exams.world_cases(
+            range(args.count or 16),
+            args.contexts,
+            args.seed,
+            args.width,
+            exams.seen_identities(args.adapter),
+        )
+    )
     folders = filter(None, (args.model, args.vlm, args.judge, args.witness))
-    weights = [file for folder in folders for file in Path(folder).rglob("*.safetensors")
-               if file.stat().st_size < 2**28]  # all of the miniature; a large model is known by its name alone
-    with PartialState().main_process_first():  # nobody writes before the main process has accepted the folder
-        dsd.open_out(args, "evaluate", changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
-                     weights=dsd.digest(*sorted(weights)), folder=args.folder and dsd.name_of(args.folder),
-                     judge=dsd.name_of(args.judge), witness=args.witness and dsd.name_of(args.witness), **more,
-                     adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]))
-    both = [exams.Judge(folder) if folder and not args.folder else None for folder in (args.judge, args.witness)]
+    weights = [
+        file
+        for folder in folders
+        for file in Path(folder).rglob("*.safetensors")
+        if file.stat().st_size < 2**28
+    ]  # all of the miniature; a large model is known by its name alone
+    with (
+        PartialState().main_process_first()
+    ):  # nobody writes before the main process has accepted the folder
+        dsd.open_out(
+            args,
+            "evaluate",
+            changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
+            weights=dsd.digest(*sorted(weights)),
+            folder=args.folder and dsd.name_of(args.folder),
+            judge=dsd.name_of(args.judge),
+            witness=args.witness and dsd.name_of(args.witness),
+            **more,
+            adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]),
+        )
+    both = [
+        exams.Judge(folder) if folder and not args.folder else None
+        for folder in (args.judge, args.witness)
+    ]
     args.scorer, records = (*both, curate.load_vlm(args.vlm, args.quantize)), {}
     for row in rows:
         new = not (args.out / "rows" / row.name).exists()
@@ -288,7 +488,9 @@ def evaluate(rows, args, **more):
             report(records, cases, args)
     if PartialState().is_main_process:
         print((args.out / "table.md").read_text(encoding="utf-8"))
-        print(f"{len(rows)} rows in {args.out}; look at {args.out}/contact_sheet.png and {args.out}/scatter.png")
+        print(
+            f"{len(rows)} rows in {args.out}; look at {args.out}/contact_sheet.png and {args.out}/scatter.png"
+        )
 
 
 def main():

@@ -48,11 +48,18 @@ def find_references(args):
     given = args.image or ([Path(args.model) / args.references] if args.references else [])
     files = []
     for path in given:
-        inside = [file for file in sorted(path.glob("*")) if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        inside = [
+            file
+            for file in sorted(path.glob("*"))
+            if file.suffix.lower() in SUFFIXES and file.name[0] != "."
+        ]
         files += inside if path.is_dir() else [path]
     if not files:
         raise dsd.DsdError("no reference picture: give --image FILE")
-    return {file.as_posix(): dsd.fit_image(dsd.open_image(file), args.width, args.height, args.fit) for file in files}
+    return {
+        file.as_posix(): dsd.fit_image(dsd.open_image(file), args.width, args.height, args.fit)
+        for file in files
+    }
 
 
 def enhance(args, references):
@@ -62,7 +69,13 @@ def enhance(args, references):
     for file in references:
         if file not in seen:
             model = model or curate.load_vlm(args.enhance, args.quantize)
-            answer, = curate.ask(*model, [[references[file]]], curate.DETAILS_QUESTION, batch_size=1, max_new_tokens=40)
+            (answer,) = curate.ask(
+                *model,
+                [[references[file]]],
+                curate.DETAILS_QUESTION,
+                batch_size=1,
+                max_new_tokens=40,
+            )
             seen[file] = answer.removesuffix(curate.TRUNCATED).strip()
             dsd.write_json(path, seen)
         print(f"{file}: {seen[file]}")
@@ -73,18 +86,41 @@ def enhance(args, references):
 def draw_pictures(pipe, images, prompts, seeds, args):
     """Draw B pictures: the subject of each reference image as its prompt says."""
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
-    return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, args.steps, args.image_guidance,
-                           args.text_guidance, args.guidance_scale, args.unguided_steps, args.frames)
+    return dsd.sample_edit(
+        pipe,
+        dsd.to_pixels(images),
+        text,
+        null_text,
+        seeds,
+        args.steps,
+        args.image_guidance,
+        args.text_guidance,
+        args.guidance_scale,
+        args.unguided_steps,
+        args.frames,
+    )
 
 
 def save_with_settings(image, path, case, args):
     """A PNG that carries its own settings: `json.loads(Image.open(path).text["dsd"])`."""
-    options = {name: getattr(args, name) for name in (
-        "steps", "image_guidance", "text_guidance", "guidance_scale", "unguided_steps", "fit", "quantize")}
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "steps",
+            "image_guidance",
+            "text_guidance",
+            "guidance_scale",
+            "unguided_steps",
+            "fit",
+            "quantize",
+        )
+    }
     names = {"image": case["image"], "model": args.model, "adapter": args.adapter}
     told = {**case, **options, **{key: dsd.name_of(value) for key, value in names.items()}}
     info = PngInfo()
-    info.add_itxt("dsd", json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace").decode())
+    info.add_itxt(
+        "dsd", json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    )
     dsd.save_image(image, path, pnginfo=info)
 
 
@@ -94,11 +130,36 @@ def add_drawing_options(parser):
     add("--width", type=dsd.at_least(1), default=512, help="width of the picture in pixels")
     add("--height", type=dsd.at_least(1), default=512, help="height of the picture in pixels")
     add("--steps", type=dsd.at_least(1), default=28, help="Euler steps")
-    add("--image_guidance", type=amount, default=1.0, help="s_i: how strongly to follow the reference; 1 is off")
-    add("--text_guidance", type=amount, default=1.0, help="s_t: how strongly to follow the prompt; 1 is off")
-    add("--guidance_scale", type=amount, default=3.5, help="distilled guidance, for models that have it")
-    add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without image and text guidance")
-    add("--batch_size", type=dsd.at_least(1), default=1, help="pictures drawn together; affects speed and memory")
+    add(
+        "--image_guidance",
+        type=amount,
+        default=1.0,
+        help="s_i: how strongly to follow the reference; 1 is off",
+    )
+    add(
+        "--text_guidance",
+        type=amount,
+        default=1.0,
+        help="s_t: how strongly to follow the prompt; 1 is off",
+    )
+    add(
+        "--guidance_scale",
+        type=amount,
+        default=3.5,
+        help="distilled guidance, for models that have it",
+    )
+    add(
+        "--unguided_steps",
+        type=dsd.at_least(0),
+        default=2,
+        help="first steps without image and text guidance",
+    )
+    add(
+        "--batch_size",
+        type=dsd.at_least(1),
+        default=1,
+        help="pictures drawn together; affects speed and memory",
+    )
     parser.add_large_model_options()
 
 
@@ -106,19 +167,47 @@ def parse_args():
     parser = dsd.Parser(__doc__, "runs/samples")
     add = parser.add_argument
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help="folder with pytorch_lora_weights.safetensors, that file, or hub name (see above)")
-    add("--image", nargs="+", type=Path, help="reference pictures or folders of them (default: the model's own)")
+    add(
+        "--adapter",
+        type=Path,
+        help="folder with pytorch_lora_weights.safetensors, that file, or hub name (see above)",
+    )
+    add(
+        "--image",
+        nargs="+",
+        type=Path,
+        help="reference pictures or folders of them (default: the model's own)",
+    )
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
-    add("--enhance", metavar="VLM", help="a vision-language model completes the prompts with the references' details")
-    add("--fit", choices=["crop", "pad"], default="crop", help="references of other proportions: crop, or add white")
-    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="seeds of the noise; each gives a picture")
+    add(
+        "--enhance",
+        metavar="VLM",
+        help="a vision-language model completes the prompts with the references' details",
+    )
+    add(
+        "--fit",
+        choices=["crop", "pad"],
+        default="crop",
+        help="references of other proportions: crop, or add white",
+    )
+    add(
+        "--seed",
+        type=dsd.at_least(0),
+        nargs="+",
+        default=[0],
+        help="seeds of the noise; each gives a picture",
+    )
     add_drawing_options(parser)
     parser.set_defaults(prompts=[], references="", shipped_adapter="")
     adapter = find_adapter(parser.parse("sample"))
     _, facts = dsd.adapter_facts(adapter)
     wanted = "width", "height", "guidance_scale", "image_guidance", "text_guidance"
     args = parser.parse("sample", **{name: facts[name] for name in wanted if name in facts})
-    args.adapter, args.frames, args.prompt = adapter, facts.get("frames", 2), args.prompt or args.prompts
+    args.adapter, args.frames, args.prompt = (
+        adapter,
+        facts.get("frames", 2),
+        args.prompt or args.prompts,
+    )
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise dsd.DsdError("--prompt: empty; say what to draw")
     return args
@@ -129,30 +218,60 @@ def main():
     dsd.check_model(args.model, args.width, args.height)
     references, state = find_references(args), PartialState()
     with state.main_process_first():  # the others find what the --enhance model saw
-        dsd.open_out(args, "sample", changeable=["batch_size", "offload"],
-                     adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
-                     image={file: dsd.digest(file) for file in references})
+        dsd.open_out(
+            args,
+            "sample",
+            changeable=["batch_size", "offload"],
+            adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
+            image={file: dsd.digest(file) for file in references},
+        )
         details = enhance(args, references) if args.enhance else {}
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter)
-    cases = [{"image": file, "prompt": prompt, "seed": seed,
-              "text": ", ".join(filter(None, (prompt.replace("{name}", Path(file).stem.replace("_", " ")),
-                                              details.get(file))))}
-             for file, prompt, seed in itertools.product(references, args.prompt, args.seed)]
+    pipe = dsd.load_pipeline(
+        FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter
+    )
+    cases = [
+        {
+            "image": file,
+            "prompt": prompt,
+            "seed": seed,
+            "text": ", ".join(
+                filter(
+                    None,
+                    (
+                        prompt.replace("{name}", Path(file).stem.replace("_", " ")),
+                        details.get(file),
+                    ),
+                )
+            ),
+        }
+        for file, prompt, seed in itertools.product(references, args.prompt, args.seed)
+    ]
     paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
     if state.is_main_process:
         dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
     for batch in dsd.batches(list(zip(cases, paths)), args.batch_size, "sample"):
         if not all(path.exists() for _, path in batch):
-            images, texts, seeds = zip(*[(references[c["image"]], c["text"], c["seed"]) for c, _ in batch])
+            images, texts, seeds = zip(
+                *[(references[c["image"]], c["text"], c["seed"]) for c, _ in batch]
+            )
             for image, (case, path) in zip(draw_pictures(pipe, images, texts, seeds, args), batch):
                 save_with_settings(image, path, case, args)
     state.wait_for_everyone()
     if state.is_main_process:
-        rows = [[(image, "reference")] + [(dsd.open_image(path), case["text"]) for path, case in zip(paths, cases)
-                                          if case["image"] == file] for file, image in references.items()]
+        rows = [
+            [(image, "reference")]
+            + [
+                (dsd.open_image(path), case["text"])
+                for path, case in zip(paths, cases)
+                if case["image"] == file
+            ]
+            for file, image in references.items()
+        ]
         dsd.contact_sheet(rows, args.out / "contact_sheet.png")
-        print(f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, "
-              f"{dsd.memory_in_use()}; look at {args.out / 'contact_sheet.png'}")
+        print(
+            f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, "
+            f"{dsd.memory_in_use()}; look at {args.out / 'contact_sheet.png'}"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,12 @@ import subprocess  # noqa: E402
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from diffusers import FluxControlInpaintPipeline, FluxControlPipeline, FluxInpaintPipeline, FluxPipeline  # noqa: E402
+from diffusers import (
+    FluxControlInpaintPipeline,
+    FluxControlPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+)  # noqa: E402
 from diffusers.training_utils import cast_training_params  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -32,9 +37,19 @@ from tqdm import tqdm  # noqa: E402
 import evaluate  # noqa: E402
 from miniature import exams, rivals, world  # noqa: E402
 
-SEARCH = range(100_000, 100_008)  # numbers of the references for the search; the table never shows them
+SEARCH = range(
+    100_000, 100_008
+)  # numbers of the references for the search; the table never shows them
 STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # of SDEdit
-GUIDANCE = [(1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 1.5), (1.5, 2.0), (2.0, 2.0)]  # image, text
+GUIDANCE = [
+    (1.0, 1.0),
+    (1.5, 1.0),
+    (1.0, 1.5),
+    (1.5, 1.5),
+    (2.0, 1.5),
+    (1.5, 2.0),
+    (2.0, 2.0),
+]  # image, text
 LEARNING_RATES, TUNING_STEPS = [5e-4, 2e-3], [50, 100, 200, 400]  # of DreamBooth-LoRA
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "nothing left out": ("curated", []),
@@ -57,7 +72,9 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
 def run_script(script, *flags):
     """Run one of this project's scripts in a process of its own, its output shown."""
     print(f"--- {script} {' '.join(map(str, flags))}", flush=True)
-    if subprocess.run([sys.executable, str(dsd.MINIATURE.parent / script), *map(str, flags)]).returncode:
+    if subprocess.run(
+        [sys.executable, str(dsd.MINIATURE.parent / script), *map(str, flags)]
+    ).returncode:
         raise dsd.DsdError(f"{script} stopped (see above); the same command goes on from here")
 
 
@@ -68,18 +85,31 @@ def pairs_for(which, args):
     source, count = args.pairs, len(dsd.read_records(args.pairs / "metadata.jsonl"))
     if which in ("uncurated", "as many"):  # with this tolerance every comparison is accepted
         source = args.out / "ablations" / "uncurated_pairs"
-        run_script("curate.py", "--grids", args.grids, "--vlm", args.vlm, "--tolerance", 99, "--out", source,
-                   "--device", args.device)
+        run_script(
+            "curate.py",
+            "--grids",
+            args.grids,
+            "--vlm",
+            args.vlm,
+            "--tolerance",
+            99,
+            "--out",
+            source,
+            "--device",
+            args.device,
+        )
         if which == "uncurated":
             return source
     records = dsd.read_records(source / "metadata.jsonl")
     if which == "as many":  # any pairs at all; fewer curated ones come from fewer grids
         some = random.Random(args.seed).sample(range(len(records)), min(count, len(records)))
         records = [records[k] for k in sorted(some)]
-    records = records[:{"half": count // 2, "quarter": count // 4}.get(which, count)]
+    records = records[: {"half": count // 2, "quarter": count // 4}.get(which, count)]
     for record in records:
         if which == "no poses":
-            record["prompt"] = re.sub(f" ({'|'.join(filter(None, world.POSES))})(?= )", "", record["prompt"])
+            record["prompt"] = re.sub(
+                f" ({'|'.join(filter(None, world.POSES))})(?= )", "", record["prompt"]
+            )
         for side in ("reference_file_name", "target_file_name"):
             record[side] = (source / record[side]).resolve().as_posix()
     folder = args.out / "ablations" / f"pairs_{which.replace(' ', '_')}"
@@ -93,8 +123,18 @@ def train(name, args):
     folder = args.out / "ablations" / name.replace(" ", "_").replace(",", "")
     flags = [*flags, "--compile"] if args.compile else flags
     flags = [*flags, "--steps", args.ablation_steps] if args.ablation_steps else flags
-    run_script("finetune.py", "--model", args.model, "--pairs", pairs_for(which, args), "--out", folder,
-               "--device", args.device, *flags)
+    run_script(
+        "finetune.py",
+        "--model",
+        args.model,
+        "--pairs",
+        pairs_for(which, args),
+        "--out",
+        folder,
+        "--device",
+        args.device,
+        *flags,
+    )
     return {"adapter": folder}
 
 
@@ -103,8 +143,19 @@ def train_rival(kind, args):
     folder = args.out / "ablations" / kind
     if not (folder / rivals.FILE).exists():
         steps = ["--steps", args.ablation_steps] if args.ablation_steps else []
-        run_script("miniature/rivals.py", kind, "--model", args.model, "--pairs", args.pairs, "--out", folder,
-                   "--device", args.device, *steps)
+        run_script(
+            "miniature/rivals.py",
+            kind,
+            "--model",
+            args.model,
+            "--pairs",
+            args.pairs,
+            "--out",
+            folder,
+            "--device",
+            args.device,
+            *steps,
+        )
     return {"rival": (kind, folder)}
 
 
@@ -114,10 +165,19 @@ def held_frame(pipe, cases, args):
     pipe = FluxControlInpaintPipeline(**pipe.components)
     pipe.set_progress_bar_config(disable=True)
     pixels = pipe(
-        [case.prompt for case in cases], image=canvases, mask_image=mask, control_image=canvases, strength=1.0,
-        width=2 * args.width, height=args.height, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-        max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="pt",
-        generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases]).images
+        [case.prompt for case in cases],
+        image=canvases,
+        mask_image=mask,
+        control_image=canvases,
+        strength=1.0,
+        width=2 * args.width,
+        height=args.height,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        max_sequence_length=pipe.tokenizer_2.model_max_length,
+        output_type="pt",
+        generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases],
+    ).images
     return [dsd.cut_grid(image, 1, 2)[1] for image in dsd.to_images(pixels)]
 
 
@@ -125,10 +185,19 @@ def clean_reference(pipe, cases, args):
     """In-context inpainting, but the reference has no noise at any step. The miniature's teacher can use that: it was
     pretrained with panels that have less noise than the others (pretrain.py --ahead). Ordinary teachers were not."""
     x_0 = dsd.encode(pipe.vae, dsd.to_pixels(evaluate.two_frames(cases)[0]))  # (B, N, 64)
-    x = dsd.unpack(x_0, args.height // pipe.vae_scale_factor, 2 * args.width // pipe.vae_scale_factor)  # (B, 16, h, w)
-    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(case.seed)) for case in cases]
-    latents = torch.cat([x.chunk(2, dim=3)[0], torch.stack(noise).to(x).chunk(2, dim=3)[1]], dim=3)  # clean | noise
-    pipe.scheduler.scale_noise = lambda sample, *_: sample  # what the pipeline puts into the left frame after a step
+    x = dsd.unpack(
+        x_0, args.height // pipe.vae_scale_factor, 2 * args.width // pipe.vae_scale_factor
+    )  # (B, 16, h, w)
+    noise = [
+        torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(case.seed))
+        for case in cases
+    ]
+    latents = torch.cat(
+        [x.chunk(2, dim=3)[0], torch.stack(noise).to(x).chunk(2, dim=3)[1]], dim=3
+    )  # clean | noise
+    pipe.scheduler.scale_noise = lambda sample, *_: (
+        sample
+    )  # what the pipeline puts into the left frame after a step
     return evaluate.inpainting(pipe, cases, args, latents=latents)
 
 
@@ -144,16 +213,27 @@ def tune(pipe, x, text, args, seed):
 
     Half of each batch of 8 is the reference, half the prior."""
     transformer, (embeds, pooled) = pipe.transformer, text
-    ids = dsd.position_ids(args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor).to(x.device)
+    ids = dsd.position_ids(
+        args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
+    ).to(x.device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer, generator = torch.optim.AdamW(parameters, lr=args.learning_rate), torch.Generator().manual_seed(seed)
+    optimizer, generator = (
+        torch.optim.AdamW(parameters, lr=args.learning_rate),
+        torch.Generator().manual_seed(seed),
+    )
     for _ in tqdm(range(args.tuning_steps), desc="tune", leave=False):
-        rows = torch.cat([torch.zeros(4), torch.randint(1, len(x), (4,), generator=generator)]).long().to(x.device)
+        rows = (
+            torch.cat([torch.zeros(4), torch.randint(1, len(x), (4,), generator=generator)])
+            .long()
+            .to(x.device)
+        )
         sigma = dsd.sample_sigmas(8, args.shift, generator).to(x.device)
         eps = torch.randn(x[rows].shape, generator=generator).to(x)
         x_sigma, text_rows = dsd.interpolate(x[rows], eps, sigma), (embeds[rows], pooled[rows])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            v = dsd.run_transformer(transformer, x_sigma, sigma, text_rows, ids, args.guidance_scale)
+            v = dsd.run_transformer(
+                transformer, x_sigma, sigma, text_rows, ids, args.guidance_scale
+            )
         (v.float() - dsd.velocity(x[rows], eps).float()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -164,84 +244,161 @@ def dreambooth(pipe, cases, args, rank=16):
 
     The prior is the teacher's own pictures of such subjects. `cases` are those of one reference."""
     case, transformer = cases[0], pipe.transformer
-    seeds = [dataclasses.replace(case, seed=case.seed + 63 - k) for k in range(len(case.class_prompts))]
+    seeds = [
+        dataclasses.replace(case, seed=case.seed + 63 - k) for k in range(len(case.class_prompts))
+    ]
     prior = evaluate.teacher(pipe, seeds, args, case.class_prompts)
-    x = dsd.encode(pipe.vae, dsd.to_pixels([case.image, *prior])).to(transformer.dtype)  # (1 + P, N, 64)
+    x = dsd.encode(pipe.vae, dsd.to_pixels([case.image, *prior])).to(
+        transformer.dtype
+    )  # (1 + P, N, 64)
     prompts = [named(case.reference_prompt, case.subject), *case.class_prompts]
     with torch.no_grad():
         text = pipe.encode_prompt(prompts, prompts, max_sequence_length=args.prompt_tokens[0])[:2]
     torch.manual_seed(case.seed)  # of the LoRA's first weights
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    )
     try:
         cast_training_params(transformer, torch.float32)
         tune(pipe, x, text, args, case.seed)
-        return evaluate.teacher(pipe, cases, args, [named(case.prompt, case.subject) for case in cases])
+        return evaluate.teacher(
+            pipe, cases, args, [named(case.prompt, case.subject) for case in cases]
+        )
     finally:
         transformer.delete_adapters("default")
 
 
 def dreambooth_row(name, args, options, train=dict):
     """A row of DreamBooth-LoRA: the cases of one reference are one batch."""
-    return evaluate.Row(name, "tuning", dreambooth, FluxPipeline, {"batch_size": args.contexts + 1, **options}, train)
+    return evaluate.Row(
+        name,
+        "tuning",
+        dreambooth,
+        FluxPipeline,
+        {"batch_size": args.contexts + 1, **options},
+        train,
+    )
 
 
 def search(args):
     """DreamBooth-LoRA's best settings on other references, as options. search/ has the table."""
     cases = exams.world_cases(SEARCH, args.contexts, args.seed, args.width)
     args, records = argparse.Namespace(**vars(args) | {"out": args.out / "search"}), {}
-    settings = {f"DreamBooth-LoRA, {steps} steps at {rate}": {"tuning_steps": steps, "learning_rate": rate}
-                for rate in LEARNING_RATES for steps in TUNING_STEPS}
+    settings = {
+        f"DreamBooth-LoRA, {steps} steps at {rate}": {"tuning_steps": steps, "learning_rate": rate}
+        for rate in LEARNING_RATES
+        for steps in TUNING_STEPS
+    }
     for name, options in settings.items():
         records[name] = evaluate.run_row(dreambooth_row(name, args, options), cases, args)
     evaluate.report(records, cases, args)
-    return settings[max(records, key=lambda name: evaluate.summarise(records[name])["subject"]["cp_pf"][0])]
+    return settings[
+        max(records, key=lambda name: evaluate.summarise(records[name])["subject"]["cp_pf"][0])
+    ]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 def all_rows(args):
     """Every row, in the table's order."""
     *rows, dsd_row = evaluate.all_rows(args)
-    rows += [evaluate.Row("in-context, clean reference", "sampling", clean_reference, FluxInpaintPipeline),
-             dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)), dsd_row]
-    rows += [dsd_row._replace(name=f"DSD, guidance {i} {t}", group="guidance",
-                              options={"image_guidance": i, "text_guidance": t}) for i, t in GUIDANCE]
-    rows += [evaluate.Row(f"{name}, trained on the same pairs", "rival", rivals.draw, FluxPipeline,
-                          train=lambda kind=kind: train_rival(kind, args))
-             for kind, name in (("ip_adapter", "like IP-Adapter"), ("controlnet", "like ControlNet"))]
+    rows += [
+        evaluate.Row(
+            "in-context, clean reference", "sampling", clean_reference, FluxInpaintPipeline
+        ),
+        dreambooth_row("DreamBooth-LoRA", args, {}, lambda: search(args)),
+        dsd_row,
+    ]
+    rows += [
+        dsd_row._replace(
+            name=f"DSD, guidance {i} {t}",
+            group="guidance",
+            options={"image_guidance": i, "text_guidance": t},
+        )
+        for i, t in GUIDANCE
+    ]
+    rows += [
+        evaluate.Row(
+            f"{name}, trained on the same pairs",
+            "rival",
+            rivals.draw,
+            FluxPipeline,
+            train=lambda kind=kind: train_rival(kind, args),
+        )
+        for kind, name in (("ip_adapter", "like IP-Adapter"), ("controlnet", "like ControlNet"))
+    ]
     rows += [dsd_row._replace(name="DSD, frame 1 held", group="sampling", draw=held_frame)]
-    rows += [dsd_row._replace(name=f"DSD, {name}", group="ablation", train=lambda name=name: train(name, args))
-             for name in ABLATIONS]
-    return [*rows, dsd_row._replace(name="DSD, only LoRA, frame 1 held", group="ablation", draw=held_frame,
-                                    train=lambda: train("only LoRA", args))]
+    rows += [
+        dsd_row._replace(
+            name=f"DSD, {name}", group="ablation", train=lambda name=name: train(name, args)
+        )
+        for name in ABLATIONS
+    ]
+    return [
+        *rows,
+        dsd_row._replace(
+            name="DSD, only LoRA, frame 1 held",
+            group="ablation",
+            draw=held_frame,
+            train=lambda: train("only LoRA", args),
+        ),
+    ]
 
 
 def check_sources(rows, args):
     """Refuse ablations without the data that they learn from, before hours are spent on other rows."""
     names = [row.name.removeprefix("DSD, ") for row in rows if row.group in ("ablation", "rival")]
     needed = {ABLATIONS.get(name, ["curated"])[0] for name in names}
-    for file, used in ((args.pairs / "metadata.jsonl", needed),
-                       (args.grids / "grids.jsonl", needed & {"uncurated", "as many"})):
+    for file, used in (
+        (args.pairs / "metadata.jsonl", needed),
+        (args.grids / "grids.jsonl", needed & {"uncurated", "as many"}),
+    ):
         if used and not file.exists():
-            raise dsd.DsdError(f"no {file}, which the ablations need; run generate_grids.py and curate.py first, name "
-                               "their output with --grids and --pairs, or leave these rows out with --rows")
+            raise dsd.DsdError(
+                f"no {file}, which the ablations need; run generate_grids.py and curate.py first, name "
+                "their output with --grids and --pairs, or leave these rows out with --rows"
+            )
 
 
 def main():
     parser = dsd.Parser(__doc__, "runs/ablations")
     add = parser.add_argument
-    add("--pairs", type=Path, default=Path("runs/pairs"), help="what curate.py wrote, for the ablations")
-    add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote, without curation")
-    add("--ablation_steps", type=dsd.at_least(1), help="of each training (default: finetune.py's own)")
-    add("--compile", action="store_true", help="compile while training: it takes a minute, then steps are faster")
+    add(
+        "--pairs",
+        type=Path,
+        default=Path("runs/pairs"),
+        help="what curate.py wrote, for the ablations",
+    )
+    add(
+        "--grids",
+        type=Path,
+        default=Path("runs/grids"),
+        help="what generate_grids.py wrote, without curation",
+    )
+    add(
+        "--ablation_steps",
+        type=dsd.at_least(1),
+        help="of each training (default: finetune.py's own)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile while training: it takes a minute, then steps are faster",
+    )
     parser.set_defaults(count=75, strengths=STRENGTHS)
     args = evaluate.parse_args(parser)
     if args.folder or PartialState().num_processes > 1:
-        raise dsd.DsdError("this table is for the miniature and one process; evaluate.py takes --folder and several")
-    args.shift = dsd.folder_settings(args.model).get("finetune", {}).get("shift", 3.0)  # of DreamBooth's noise levels
+        raise dsd.DsdError(
+            "this table is for the miniature and one process; evaluate.py takes --folder and several"
+        )
+    args.shift = (
+        dsd.folder_settings(args.model).get("finetune", {}).get("shift", 3.0)
+    )  # of DreamBooth's noise levels
     rows = evaluate.choose_rows(all_rows(args), args)
     check_sources(rows, args)
     sources = {"pairs": args.pairs / "metadata.jsonl", "grids": args.grids / "grids.jsonl"}
-    evaluate.evaluate(rows, args, **{name: file.exists() and dsd.digest(file) for name, file in sources.items()})
+    evaluate.evaluate(
+        rows, args, **{name: file.exists() and dsd.digest(file) for name, file in sources.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def seconds(work):
 def product_rate(dtype, side):
     """Operations a second of a large square matrix product, the best of five."""
     a, b = torch.randn(2, side, side, device=PartialState().device).to(dtype)
-    return 2 * side ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
+    return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def arithmetic(work):
@@ -80,24 +80,42 @@ def row(name, ours, peer, count, rate, repeat, operations=None):
     ours()
     memory, works = dsd.memory_in_use(), [ours, peer] if peer else [ours]
     works[-1]()  # both are warm now
-    taken = [min(times) / count for times in zip(*[[seconds(work) for work in works] for _ in range(repeat)])]
+    taken = [
+        min(times) / count
+        for times in zip(*[[seconds(work) for work in works] for _ in range(repeat)])
+    ]
     print(f"{name}: {taken[0]:.4g} s", file=sys.stderr, flush=True)
-    return {"step": name, "seconds": taken[0], "peer_seconds": taken[1] if peer else None,
-            "limit_seconds": operations / count / rate, "operations": operations / count, "memory": memory}
+    return {
+        "step": name,
+        "seconds": taken[0],
+        "peer_seconds": taken[1] if peer else None,
+        "limit_seconds": operations / count / rate,
+        "operations": operations / count,
+        "memory": memory,
+    }
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def options(args, script, *more):
     """The options of a script for this model, as its own command line gives them."""
-    names = {generate_grids: ["steps", "panel", "quantize", "offload"], finetune: ["rank", "batch_size", "quantize"],
-             sample: ["steps", "quantize", "offload"]}[script]
-    given = [part for name in names if (value := getattr(args, name)) for part in (f"--{name}", value)]
-    with unittest.mock.patch("sys.argv", [str(part) for part in ("benchmark", "--model", args.model, *given, *more)]):
+    names = {
+        generate_grids: ["steps", "panel", "quantize", "offload"],
+        finetune: ["rank", "batch_size", "quantize"],
+        sample: ["steps", "quantize", "offload"],
+    }[script]
+    given = [
+        part for name in names if (value := getattr(args, name)) for part in (f"--{name}", value)
+    ]
+    with unittest.mock.patch(
+        "sys.argv", [str(part) for part in ("benchmark", "--model", args.model, *given, *more)]
+    ):
         return script.parse_args()
 
 
 def noise(side, seed):
-    raw = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    raw = torch.randint(
+        256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return Image.fromarray(raw.numpy())
 
 
@@ -108,33 +126,69 @@ def grids_row(args, rate):
     grids = [{"prompt": prompt, "seed": i} for i in range(args.batch)]
 
     def stock():
-        pipe([grid["prompt"] for grid in grids], negative_prompt=[""] * len(grids), width=2 * chosen.width,
-             height=2 * chosen.height, num_inference_steps=chosen.steps, guidance_scale=chosen.guidance_scale,
-             true_cfg_scale=chosen.true_cfg_scale, max_sequence_length=pipe.tokenizer_2.model_max_length,
-             generator=torch.Generator().manual_seed(0))
+        pipe(
+            [grid["prompt"] for grid in grids],
+            negative_prompt=[""] * len(grids),
+            width=2 * chosen.width,
+            height=2 * chosen.height,
+            num_inference_steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            true_cfg_scale=chosen.true_cfg_scale,
+            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            generator=torch.Generator().manual_seed(0),
+        )
 
-    return row("a grid", lambda: generate_grids.draw_grids(pipe, grids, chosen), stock, len(grids), rate, args.repeat)
+    return row(
+        "a grid",
+        lambda: generate_grids.draw_grids(pipe, grids, chosen),
+        stock,
+        len(grids),
+        rate,
+        args.repeat,
+    )
 
 
 def curation_row(args, rate):
     model = curate.load_vlm(args.vlm, args.quantize)
     cases = [[noise(args.panel, 2 * i + k) for k in (0, 1)] for i in range(8 * args.batch)]
-    return row("a pair curated", lambda: curate.ask(*model, cases, curate.PAIR_QUESTION, len(cases), 400), None,
-               len(cases), rate, args.repeat)
+    return row(
+        "a pair curated",
+        lambda: curate.ask(*model, cases, curate.PAIR_QUESTION, len(cases), 400),
+        None,
+        len(cases),
+        rate,
+        args.repeat,
+    )
 
 
 def three_passes(model, x, condition, text, null_text, s_i, s_t):
     """Guidance as the released code does it: three passes, one after another."""
     nothing = torch.zeros_like(condition)
-    v_00, v_i0, v_it = model(x, nothing, null_text), model(x, condition, null_text), model(x, condition, text)
+    v_00, v_i0, v_it = (
+        model(x, nothing, null_text),
+        model(x, condition, null_text),
+        model(x, condition, text),
+    )
     return v_00 + s_i * (v_i0 - v_00) + s_t * (v_it - v_i0)
 
 
 def sampling_rows(args, rate, work):
     """One pass a step, and all three guided passes."""
     dsd.save_adapter(finetune.load_student(options(args, finetune, "--precision", "no")), work, {})
-    chosen = options(args, sample, "--adapter", work, "--prompt", PROMPT, "--unguided_steps", 0, "--width", args.panel,
-                     "--height", args.panel)
+    chosen = options(
+        args,
+        sample,
+        "--adapter",
+        work,
+        "--prompt",
+        PROMPT,
+        "--unguided_steps",
+        0,
+        "--width",
+        args.panel,
+        "--height",
+        args.panel,
+    )
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, args.offload, work)
     images, n = [noise(args.panel, i) for i in range(args.batch)], args.batch
     canvases = [Image.new("RGB", (2 * args.panel, args.panel)) for _ in images]
@@ -146,38 +200,62 @@ def sampling_rows(args, rate, work):
         sample.draw_pictures(pipe, images, [PROMPT] * n, list(range(n)), chosen)
 
     def stock():
-        pipe([PROMPT] * n, control_image=canvases, height=args.panel, width=2 * args.panel,
-             num_inference_steps=chosen.steps, guidance_scale=chosen.guidance_scale,
-             max_sequence_length=pipe.tokenizer_2.model_max_length,
-             generator=[torch.Generator().manual_seed(i) for i in range(n)])
+        pipe(
+            [PROMPT] * n,
+            control_image=canvases,
+            height=args.panel,
+            width=2 * args.panel,
+            num_inference_steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            generator=[torch.Generator().manual_seed(i) for i in range(n)],
+        )
 
     def one_by_one():
         with unittest.mock.patch("dsd.guided_velocity", three_passes):
             ours(1.5, 2.0)
 
-    return [row("an image, one pass", lambda: ours(1.0, 1.0), stock, n, rate, args.repeat),
-            row("an image, guided", lambda: ours(1.5, 2.0), one_by_one, n, rate, args.repeat)]
+    return [
+        row("an image, one pass", lambda: ours(1.0, 1.0), stock, n, rate, args.repeat),
+        row("an image, guided", lambda: ours(1.5, 2.0), one_by_one, n, rate, args.repeat),
+    ]
 
 
 def training_row(args, precision, rate, work):
     """A step on cached tensors; the peer encodes two canvases and a prompt a sample in each step, at the same batch."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of the row before
-    chosen = options(args, finetune, "--precision", precision, "--pairs", work / "pairs", "--out", work / "adapter",
-                     "--validation_grids", 0, *["--gradient_checkpointing"] * args.gradient_checkpointing)
+    chosen = options(
+        args,
+        finetune,
+        "--precision",
+        precision,
+        "--pairs",
+        work / "pairs",
+        "--out",
+        work / "adapter",
+        "--validation_grids",
+        0,
+        *["--gradient_checkpointing"] * args.gradient_checkpointing,
+    )
     make_pairs(chosen.pairs, args.panel, chosen.batch_size)
     pairs, _ = finetune.prepare(chosen, 1)
     accelerator = Accelerator(mixed_precision=precision, cpu=chosen.device == "cpu")
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     finetune.encode_pairs(pipe, pairs, chosen)
     null_text = dsd.encode_prompts(pipe, [""])
-    chosen.latent_size = chosen.height // pipe.vae_scale_factor, 2 * chosen.width // pipe.vae_scale_factor
+    chosen.latent_size = (
+        chosen.height // pipe.vae_scale_factor,
+        2 * chosen.width // pipe.vae_scale_factor,
+    )
 
     pipe, encoders = None, []  # dropped, as in finetune.py; the peer loads its own
 
     def stepper(compiled):
         """A whole optimiser step, as finetune.train takes it, on the tensors that a function gives."""
         chosen.compile = compiled
-        parameters, optimizer = finetune.make_optimizer(student := finetune.load_student(chosen), chosen)
+        parameters, optimizer = finetune.make_optimizer(
+            student := finetune.load_student(chosen), chosen
+        )
         model, optimizer = accelerator.prepare(student, optimizer, device_placement=[False, True])
 
         def step(batch):
@@ -185,15 +263,22 @@ def training_row(args, precision, rate, work):
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+
         return step
 
     def cached():
-        return finetune.draw_batch(pairs, null_text, chosen, torch.Generator().manual_seed(0), accelerator)
+        return finetune.draw_batch(
+            pairs, null_text, chosen, torch.Generator().manual_seed(0), accelerator
+        )
 
     def encoded():
         if not encoders:
-            encoders.append(dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None))
-        reference, target = map(dsd.to_pixels, zip(*[finetune.open_pair(chosen, pair) for pair in pairs]))
+            encoders.append(
+                dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
+            )
+        reference, target = map(
+            dsd.to_pixels, zip(*[finetune.open_pair(chosen, pair) for pair in pairs])
+        )
         x_0 = dsd.encode(encoders[0].vae, dsd.canvas(reference, target))
         condition = dsd.encode(encoders[0].vae, dsd.canvas(reference))
         text = dsd.encode_prompts(encoders[0], [pair["prompt"] for pair in pairs])
@@ -203,28 +288,51 @@ def training_row(args, precision, rate, work):
     plain = stepper(False)
     operations = arithmetic(lambda: plain(cached))
     ours = stepper(True) if args.compile else plain  # at FLUX.1's size there is no room for two
-    return row(f"a training sample, {NAMES[precision]}", lambda: ours(cached), lambda: plain(encoded), len(pairs), rate,
-               5 * args.repeat, operations)
+    return row(
+        f"a training sample, {NAMES[precision]}",
+        lambda: ours(cached),
+        lambda: plain(encoded),
+        len(pairs),
+        rate,
+        5 * args.repeat,
+        operations,
+    )
 
 
 def make_pairs(folder, side, count):
     """Pairs of noise, as curate.py writes them."""
     for i in range(2 * count):
         dsd.save_image(noise(side, i), folder / "images" / f"{i}.png")
-    dsd.write_json(folder / "metadata.jsonl", [
-        {"reference_file_name": f"images/{2 * i}.png", "target_file_name": f"images/{2 * i + 1}.png",
-         "prompt": f"{PROMPT}, number {i}"} for i in range(count)])
+    dsd.write_json(
+        folder / "metadata.jsonl",
+        [
+            {
+                "reference_file_name": f"images/{2 * i}.png",
+                "target_file_name": f"images/{2 * i + 1}.png",
+                "prompt": f"{PROMPT}, number {i}",
+            }
+            for i in range(count)
+        ],
+    )
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def table(result):
     """The result as a Markdown table."""
-    lines = ["| for | seconds | peer's | faster by | limit | share of the limit | memory |", "|---" * 7 + "|"]
+    lines = [
+        "| for | seconds | peer's | faster by | limit | share of the limit | memory |",
+        "|---" * 7 + "|",
+    ]
     for r in result["rows"]:
-        peer, ratio = ("", "") if r["peer_seconds"] is None else (
-            f"{r['peer_seconds']:.4g}", f"{r['peer_seconds'] / r['seconds']:.2f}x")
-        lines.append(f"| {r['step']} | {r['seconds']:.4g} | {peer} | {ratio} | {r['limit_seconds']:.4g} | "
-                     f"{r['limit_seconds'] / r['seconds']:.0%} | {r['memory']} |")
+        peer, ratio = (
+            ("", "")
+            if r["peer_seconds"] is None
+            else (f"{r['peer_seconds']:.4g}", f"{r['peer_seconds'] / r['seconds']:.2f}x")
+        )
+        lines.append(
+            f"| {r['step']} | {r['seconds']:.4g} | {peer} | {ratio} | {r['limit_seconds']:.4g} | "
+            f"{r['limit_seconds'] / r['seconds']:.0%} | {r['memory']} |"
+        )
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in result["rates"].items())
     return "\n".join([*lines, "", f"{result['machine']}; matrix products, GFLOP/s: {rates}."])
 
@@ -232,20 +340,34 @@ def table(result):
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/benchmark")
     add, steps = parser.add_argument, ["grids", "curation", "training", "sampling"]
-    add("--size", choices=["miniature", "flux.1-dev"], default="miniature", help="flux.1-dev: random weights")
+    add(
+        "--size",
+        choices=["miniature", "flux.1-dev"],
+        default="miniature",
+        help="flux.1-dev: random weights",
+    )
     add("--model", help="a FLUX folder of your own instead")
     add("--vlm", help="for the row of curation (default: the miniature's; with another model none)")
     add("--steps", type=dsd.at_least(1), help="of the sampler (default: the model's own)")
     add("--panel", type=dsd.at_least(1), help="side of a panel (default: the model's own)")
     add("--batch", type=dsd.at_least(1), default=8, help="grids and pictures drawn together")
     add("--rank", type=dsd.at_least(1), help="of the LoRA (default: the model's own)")
-    add("--batch_size", type=dsd.at_least(1), help="samples in a training step (default: the model's own)")
+    add(
+        "--batch_size",
+        type=dsd.at_least(1),
+        help="samples in a training step (default: the model's own)",
+    )
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the transformer's blocks for training")
     add("--bfloat16", action="store_true", help="on a CPU, time the training in bfloat16 as well")
     add("--rows", nargs="+", choices=steps, default=steps, help="what to measure")
     add("--repeat", type=dsd.at_least(1), default=2, help="runs, of which the fastest counts")
-    add("--product", type=dsd.at_least(1), default=2048, help="side of the matrices whose product is the limit")
+    add(
+        "--product",
+        type=dsd.at_least(1),
+        default=2048,
+        help="side of the matrices whose product is the limit",
+    )
     parser.add_large_model_options()
     return parser.parse("benchmark")
 
@@ -255,26 +377,39 @@ def main():
     gpu = PartialState().device.type == "cuda"
     if args.size == "flux.1-dev" and not args.model:
         if not gpu:
-            raise dsd.DsdError("--size flux.1-dev needs a CUDA GPU; without one see miniature/computed.py")
+            raise dsd.DsdError(
+                "--size flux.1-dev needs a CUDA GPU; without one see miniature/computed.py"
+            )
         args.model = args.out / "FLUX.1-dev"
         if not (args.model / "model_index.json").exists():
-            random_models.make_flux(args.model, size=random_models.FLUX_1, dtype=torch.bfloat16, device="cuda")
+            random_models.make_flux(
+                args.model, size=random_models.FLUX_1, dtype=torch.bfloat16, device="cuda"
+            )
     elif not args.model:
         args.model, args.vlm = dsd.MINIATURE / "flux", args.vlm or dsd.MINIATURE / "vlm"
     args.panel = args.panel or options(args, generate_grids).panel
     dsd.check_model(args.model, args.panel)
     torch.manual_seed(0)
     stored = str(dsd.weight_dtype()).removeprefix("torch.")  # the number format of drawing
-    precisions = [name for name in NAMES if NAMES[name] == stored] + ["bf16"] * (args.bfloat16 and not gpu)
+    precisions = [name for name in NAMES if NAMES[name] == stored] + ["bf16"] * (
+        args.bfloat16 and not gpu
+    )
     side = args.product * (4 if gpu else 1)
-    rates = {name: product_rate(getattr(torch, name), side) for name in {stored, *(NAMES[p] for p in precisions)}}
+    rates = {
+        name: product_rate(getattr(torch, name), side)
+        for name in {stored, *(NAMES[p] for p in precisions)}
+    }
     trainings = precisions if "training" in args.rows else []
     with tempfile.TemporaryDirectory() as work:
         rows = [
             *([grids_row(args, rates[stored])] if "grids" in args.rows else []),
             *([curation_row(args, rates[stored])] if "curation" in args.rows and args.vlm else []),
-            *(training_row(args, precision, rates[NAMES[precision]], Path(work)) for precision in trainings),
-            *(sampling_rows(args, rates[stored], Path(work)) if "sampling" in args.rows else [])]
+            *(
+                training_row(args, precision, rates[NAMES[precision]], Path(work))
+                for precision in trainings
+            ),
+            *(sampling_rows(args, rates[stored], Path(work)) if "sampling" in args.rows else []),
+        ]
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if gpu else cpu
     result = {"machine": machine, "torch": torch.__version__, "rates": rates, "rows": rows}

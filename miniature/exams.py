@@ -22,10 +22,12 @@ from miniature import world
 
 SUBJECT_SCORE_QUESTION = (
     "How well does the second image keep the subject of the first? Answer in five lines. "
-    "subject: name it. image 1: describe it. image 2: describe it. compare: part by part. score: 0 to 4.")
+    "subject: name it. image 1: describe it. image 2: describe it. compare: part by part. score: 0 to 4."
+)
 PROMPT_SCORE_QUESTION = (
     "How well does the image follow this prompt: {prompt}? Answer in three lines. "
-    "image: describe it. compare: part by part. score: 0 to 4.")
+    "image: describe it. compare: part by part. score: 0 to 4."
+)
 END = ' in a few words, then end with a line "score: N", N from 0 to 4.'
 SCALE = "1: a little. 2: in part. 3: all but a detail. 4: entirely. Say why" + END
 SUBJECT_CRITERIA = (
@@ -33,24 +35,34 @@ SUBJECT_CRITERIA = (
     "that subject? Compare the shape (outline, proportions, parts), the colours (hue, brightness, where they are), the "
     "texture and fine markings and, for people and animals, the face. Ignore place, pose and light. 0: another "
     "subject. 1: the same kind only. 2: alike, with clear differences. 3: the same but for small things. 4: the very "
-    "same. Compare" + END)
+    "same. Compare" + END
+)
 PROMPT_CRITERIA = (
     'An image was generated from this prompt: "{prompt}". How well does it follow? Is what the prompt names there, is '
-    "each detail right, is nothing missing, are place, action and style as asked? 0: not at all. " + SCALE)
+    "each detail right, is nothing missing, are place, action and style as asked? 0: not at all. "
+    + SCALE
+)
 COPY_CRITERIA = (
     'The second image was generated from the first and from this prompt: "{prompt}". How well does the second image '
     "follow the prompt? What it merely copies from the first (background, pose, light, framing) does not count as "
-    "following. 0: not at all, or a copy. " + SCALE)
+    "following. 0: not at all, or a copy. " + SCALE
+)
 WORLD_QUESTIONS = {  # score: is the reference shown as well, and the question
-    "vlm_cp": (True, SUBJECT_SCORE_QUESTION), "vlm_pf": (False, PROMPT_SCORE_QUESTION)}
+    "vlm_cp": (True, SUBJECT_SCORE_QUESTION),
+    "vlm_pf": (False, PROMPT_SCORE_QUESTION),
+}
 FOLDER_QUESTIONS = {
-    "vlm_cp": (True, SUBJECT_CRITERIA), "vlm_pf": (False, PROMPT_CRITERIA), "vlm_pf_new": (True, COPY_CRITERIA)}
+    "vlm_cp": (True, SUBJECT_CRITERIA),
+    "vlm_pf": (False, PROMPT_CRITERIA),
+    "vlm_pf_new": (True, COPY_CRITERIA),
+}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Case:
     """One picture to draw: what the methods are given, and what is true."""
+
     reference: int  # the number of the reference
     image: Image.Image  # the reference itself
     subject: str  # what prompts call it
@@ -58,7 +70,9 @@ class Case:
     sheet_prompt: str  # both pictures as one image, for in-context inpainting
     seed: int
     reference_prompt: str = ""  # what the reference shows, for methods that must be told
-    class_prompts: list = dataclasses.field(default_factory=list)  # of other such subjects, for DreamBooth's prior
+    class_prompts: list = dataclasses.field(
+        default_factory=list
+    )  # of other such subjects, for DreamBooth's prior
     kind: str = "subject"  # or "relight"
     move: str = "same pose"  # from the reference to what is asked; or "moved", "turned"
     truth: Image.Image | None = None  # the true rendering
@@ -69,7 +83,9 @@ class Case:
 
 def words(attributes, numbers):
     """{attribute: value} for values by number; the empty accessory is called "nothing", as the judge does."""
-    return {name: values[int(k)] or "nothing" for (name, values), k in zip(attributes.items(), numbers)}
+    return {
+        name: values[int(k)] or "nothing" for (name, values), k in zip(attributes.items(), numbers)
+    }
 
 
 def to_image(pixels):
@@ -110,52 +126,97 @@ def world_cases(numbers, prompts, seed, size, seen=()):
         draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
         index = world.draw_identities(1, draw, held_out=True)
         if index.item() in seen:
-            print(f"reference {number} is left out: its critter is in the pairs that the adapter was trained on")
+            print(
+                f"reference {number} is left out: its critter is in the pairs that the adapter was trained on"
+            )
             continue
         identity = world.identity_of(index)[0]
         shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
         asked = world.draw_contexts(64, draw)
         asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
-        mixed = (seed * 1_000_003 + number + 1) * 2654435761  # the first draws of neighbouring seeds are alike
-        named = torch.randint(len(world.POSES), (72,), generator=torch.Generator().manual_seed(mixed % 2**63)).tolist()
+        mixed = (
+            seed * 1_000_003 + number + 1
+        ) * 2654435761  # the first draws of neighbouring seeds are alike
+        named = torch.randint(
+            len(world.POSES), (72,), generator=torch.Generator().manual_seed(mixed % 2**63)
+        ).tolist()
         if prompts > len(asked):
-            raise dsd.DsdError(f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts")
+            raise dsd.DsdError(
+                f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts"
+            )
         relit = shown.clone()
         relit[2] = (shown[2] + torch.randint(1, 4, (1,), generator=draw)[0]) % 4
-        classes = [world.panel_caption(identity, c, pose=p) for c, p in zip(world.draw_contexts(8, draw), named[64:])]
+        classes = [
+            world.panel_caption(identity, c, pose=p)
+            for c, p in zip(world.draw_contexts(8, draw), named[64:])
+        ]
         at = named[63]  # the reference's own named pose
         image = render(identity, shown, stand(pose, at), size)
-        for k, (context, relight) in enumerate([*((c, False) for c in asked[:prompts]), (relit, True)]):
+        for k, (context, relight) in enumerate(
+            [*((c, False) for c in asked[:prompts]), (relit, True)]
+        ):
             there, to = (pose, at) if relight else (world.draw_poses(1, draw)[0], named[k])
-            cases.append(Case(
-                number, image, world.noun(identity), world.panel_caption(identity, context, pose=to),
-                world.sheet_caption(identity, [shown, context], (1, 2), relight, poses=(at, to)),
-                (seed * 1_000_003 + number) * 64 + k, world.panel_caption(identity, shown, pose=at), classes,
-                "relight" if relight else "subject", world.move(at, to),
-                render(identity, context, stand(there, to), size), words(world.IDENTITY, identity),
-                told(context, to), told(shown, at)))
+            cases.append(
+                Case(
+                    number,
+                    image,
+                    world.noun(identity),
+                    world.panel_caption(identity, context, pose=to),
+                    world.sheet_caption(
+                        identity, [shown, context], (1, 2), relight, poses=(at, to)
+                    ),
+                    (seed * 1_000_003 + number) * 64 + k,
+                    world.panel_caption(identity, shown, pose=at),
+                    classes,
+                    "relight" if relight else "subject",
+                    world.move(at, to),
+                    render(identity, context, stand(there, to), size),
+                    words(world.IDENTITY, identity),
+                    told(context, to),
+                    told(shown, at),
+                )
+            )
     return cases
 
 
 def folder_cases(args):
     """The cases of --folder. Files that systems and editors add (`._00.jpg`, `__MACOSX/`) are left out."""
-    files = [file for file in sorted((args.folder / "images").rglob("*")) if file.suffix.lower() in sample.SUFFIXES
-             and not any(part.startswith((".", "__")) for part in file.relative_to(args.folder).parts)]
+    files = [
+        file
+        for file in sorted((args.folder / "images").rglob("*"))
+        if file.suffix.lower() in sample.SUFFIXES
+        and not any(part.startswith((".", "__")) for part in file.relative_to(args.folder).parts)
+    ]
     if not files:
-        raise dsd.DsdError(f"no pictures below {args.folder / 'images'}; --folder wants the layout of DreamBench++")
+        raise dsd.DsdError(
+            f"no pictures below {args.folder / 'images'}; --folder wants the layout of DreamBench++"
+        )
     cases, owner = [], {}
-    for number, file in enumerate(files[:args.count]):
-        caption = (args.folder / "captions" / file.relative_to(args.folder / "images")).with_suffix(".txt")
+    for number, file in enumerate(files[: args.count]):
+        caption = (args.folder / "captions" / file.relative_to(args.folder / "images")).with_suffix(
+            ".txt"
+        )
         with dsd.explained(f"{caption}: not a text file in UTF-8"):
-            lines = list(filter(None, map(str.strip, caption.read_text(encoding="utf-8-sig").splitlines())))
+            lines = list(
+                filter(None, map(str.strip, caption.read_text(encoding="utf-8-sig").splitlines()))
+            )
         if len(lines) <= (args.contexts or 1):
-            raise dsd.DsdError(f"{caption}: wanted the subject's name and then at least {args.contexts or 1} prompts")
+            raise dsd.DsdError(
+                f"{caption}: wanted the subject's name and then at least {args.contexts or 1} prompts"
+            )
         if owner.setdefault(caption, file) != file:
-            print(f"warning: {owner[caption]} and {file.name} share the caption {caption}", file=sys.stderr)
+            print(
+                f"warning: {owner[caption]} and {file.name} share the caption {caption}",
+                file=sys.stderr,
+            )
         image, subject = dsd.fit_image(dsd.open_image(file), args.width, args.height), lines[0]
-        for k, prompt in enumerate(lines[1:][:args.contexts]):
+        for k, prompt in enumerate(lines[1:][: args.contexts]):
             sheet = f"two images of the identical {subject} side by side: left a {subject}, right {prompt}"
-            cases.append(Case(number, image, subject, prompt, sheet, (args.seed * 1_000_003 + number) * 64 + k))
+            cases.append(
+                Case(
+                    number, image, subject, prompt, sheet, (args.seed * 1_000_003 + number) * 64 + k
+                )
+            )
     return cases
 
 
@@ -165,31 +226,48 @@ class Judge:
 
     def __init__(self, folder):
         if not (Path(folder) / "config.json").exists():
-            raise dsd.DsdError(f"no judge at {folder}; --judge takes a folder of a transformers image classifier")
+            raise dsd.DsdError(
+                f"no judge at {folder}; --judge takes a folder of a transformers image classifier"
+            )
         with dsd.explained(f"cannot load the judge {folder}"):  # a cut file, another kind of model
-            model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            model = AutoModelForImageClassification.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True
+            )
         self.model, self.labels = model.to(PartialState().device).eval(), {}
         for number, label in sorted(model.config.id2label.items()):
             attribute, _, value = label.partition(": ")
             self.labels.setdefault(attribute, []).append((number, value))
         if missing := {*world.IDENTITY, *world.CONTEXT, "pose"} - set(self.labels):
-            raise dsd.DsdError(f"the judge {folder} has no labels \"attribute: value\" for {sorted(missing)}")
+            raise dsd.DsdError(
+                f'the judge {folder} has no labels "attribute: value" for {sorted(missing)}'
+            )
 
     @torch.inference_mode()
     def logits(self, images):
         """Of some images (B, labels)."""
-        parts = [dsd.to_pixels(images[i:i + 100]).to(self.model.device) for i in range(0, len(images), 100)]
+        parts = [
+            dsd.to_pixels(images[i : i + 100]).to(self.model.device)
+            for i in range(0, len(images), 100)
+        ]
         return torch.cat([self.model(pixel_values=part).logits.cpu() for part in parts])
 
     def __call__(self, images):
         """What it sees in each of some images: {attribute: value}."""
-        return [{name: block[int(row[[k for k, _ in block]].argmax())][1] for name, block in self.labels.items()}
-                for row in self.logits(images)]
+        return [
+            {
+                name: block[int(row[[k for k, _ in block]].argmax())][1]
+                for name, block in self.labels.items()
+            }
+            for row in self.logits(images)
+        ]
 
     def sureness(self, images):
         """How sure it is of the whole identity (B,): the least of the probabilities of what it sees, 0 to 1."""
         logits = self.logits(images)
-        best = [logits[:, [k for k, _ in self.labels[name]]].softmax(1).amax(1) for name in world.IDENTITY]  # (B,) each
+        best = [
+            logits[:, [k for k, _ in self.labels[name]]].softmax(1).amax(1)
+            for name in world.IDENTITY
+        ]  # (B,) each
         return torch.stack(best).amin(0)
 
 
@@ -198,10 +276,26 @@ def marks(case, seen):
     kept = [seen[name] == value for name, value in case.identity.items()]
     followed = {name: seen[name] == value for name, value in case.context.items()}
     new = [followed[name] for name, value in case.context.items() if value != case.shown[name]]
-    cp, pf, pf_new = sum(kept) / len(kept), sum(followed.values()) / len(followed), sum(new) / len(new)
-    right = {f"{name}_as_wanted": float(seen[name] == value) for name, value in (case.identity | case.context).items()}
-    return {"cp": cp, "all_kept": float(all(kept)), "pf": pf, "cp_pf": cp * pf, "pf_new": pf_new,
-            "cp_pf_new": cp * pf_new, f"cp_{case.move}": cp, f"cp_pf_{case.move}": cp * pf, **right}
+    cp, pf, pf_new = (
+        sum(kept) / len(kept),
+        sum(followed.values()) / len(followed),
+        sum(new) / len(new),
+    )
+    right = {
+        f"{name}_as_wanted": float(seen[name] == value)
+        for name, value in (case.identity | case.context).items()
+    }
+    return {
+        "cp": cp,
+        "all_kept": float(all(kept)),
+        "pf": pf,
+        "cp_pf": cp * pf,
+        "pf_new": pf_new,
+        "cp_pf_new": cp * pf_new,
+        f"cp_{case.move}": cp,
+        f"cp_pf_{case.move}": cp * pf,
+        **right,
+    }
 
 
 def pose_kept(image, truth):
@@ -209,7 +303,10 @@ def pose_kept(image, truth):
 
     Each is normalised to mean 0 and norm 1, so a uniform change of brightness or contrast costs nothing. Compared with
     the true relit rendering, itself has 1, the same critter in another light about 0.93, and in another pose 0.55."""
-    a, b = (torch.frombuffer(bytearray(i.convert("L").tobytes()), dtype=torch.uint8).double() for i in (image, truth))
+    a, b = (
+        torch.frombuffer(bytearray(i.convert("L").tobytes()), dtype=torch.uint8).double()
+        for i in (image, truth)
+    )
     a, b = ((x - x.mean()) / (x - x.mean()).norm().clamp(min=1e-6) for x in (a, b))
     return round(max(float((a * b).sum()), 0.0), 6)
 
@@ -217,8 +314,12 @@ def pose_kept(image, truth):
 # ---- the VLM's marks, and all together -------------------------------------------------------------------------------
 def parse_score(answer):
     """The last "score: N" of an answer as N / 4; None if there is none from 0 to 4, or if the answer was cut short."""
-    found = re.findall(r"(?<![a-z])(?:score|rating)[^a-z\d(]*(?:\([^)\n]*\))?[^a-z\d]*(?:is|of)?[^a-z\d]*"
-                       r"([0-4])(?:\.0+)?(?![.\d]*\d)", answer, re.IGNORECASE)
+    found = re.findall(
+        r"(?<![a-z])(?:score|rating)[^a-z\d(]*(?:\([^)\n]*\))?[^a-z\d]*(?:is|of)?[^a-z\d]*"
+        r"([0-4])(?:\.0+)?(?![.\d]*\d)",
+        answer,
+        re.IGNORECASE,
+    )
     return int(found[-1]) / 4 if found and not answer.endswith(curate.TRUNCATED) else None
 
 
@@ -228,8 +329,12 @@ def score(judge, witness, vlm, cases, images):
     witness: a second judge or None, whose marks stand beside the first's; "judges_agree" is the share of attributes of
     which both say the same."""
     records = [{"answers": {}} for _ in cases]
-    for name, (with_reference, question) in (WORLD_QUESTIONS if judge else FOLDER_QUESTIONS).items():
-        shown = [[case.image, image] if with_reference else [image] for case, image in zip(cases, images)]
+    for name, (with_reference, question) in (
+        WORLD_QUESTIONS if judge else FOLDER_QUESTIONS
+    ).items():
+        shown = [
+            [case.image, image] if with_reference else [image] for case, image in zip(cases, images)
+        ]
         asked = [question.replace("{prompt}", case.prompt) for case in cases]
         for record, answer in zip(records, curate.ask(*vlm, shown, asked, len(cases), 400)):
             record["answers"][name], record[name] = answer, parse_score(answer)
@@ -244,5 +349,7 @@ def score(judge, witness, vlm, cases, images):
     for record, case, seen in zip(records, cases, witness(images) if witness else []):
         second = marks(case, seen)
         record |= {f"witness_{name}": second[name] for name in ("cp", "pf", "cp_pf")}
-        record["judges_agree"] = sum(record["seen"].get(name) == value for name, value in seen.items()) / len(seen)
+        record["judges_agree"] = sum(
+            record["seen"].get(name) == value for name, value in seen.items()
+        ) / len(seen)
     return records

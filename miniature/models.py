@@ -1,19 +1,41 @@
 """What the miniature's models are made of: stock diffusers and transformers classes with small numbers in them."""
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, ConvNextConfig,
-                          ConvNextForImageClassification, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel, ViTConfig,
-                          ViTForImageClassification)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import world
 
 PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
 VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens
 SHIFT = 3.0  # of the noise schedule, in training and in sampling
-TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 65}  # of a prompt, by layout: its longest has 24, 39 and 65
+TOKENS = {
+    (1, 1): 24,
+    (1, 2): 40,
+    (2, 2): 65,
+}  # of a prompt, by layout: its longest has 24, 39 and 65
 PROMPT_TOKENS = TOKENS[2, 2]
 
 SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place move change draw now
@@ -25,7 +47,11 @@ def world_words():
     """Every word that the world's captions can contain, sorted."""
     texts = [SPARE_WORDS, ": ,", "a critter with trim and eye eyes"] + world.ORDINALS
     texts += [v for values in [*world.IDENTITY.values(), *world.CONTEXT.values()] for v in values]
-    texts += [opening.format("scene") + " critters" for ways in world.SHEET_OPENINGS.values() for opening in ways]
+    texts += [
+        opening.format("scene") + " critters"
+        for ways in world.SHEET_OPENINGS.values()
+        for opening in ways
+    ]
     return sorted({word for text in texts for word in text.lower().split()})
 
 
@@ -43,22 +69,40 @@ def word_tokenizer(words, length, bos=False, extra=()):
     vocabulary = {w: i for i, w in enumerate(special + [w for w in words if w not in special])}
     t = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     t.normalizer = normalizers.Lowercase()
-    t.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:;?!()\"]"), "isolated")])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:;?!()\"]"), "isolated")]
+    )
     t.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 3), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   bos_token="<s>", extra_special_tokens=list(extra), model_max_length=length)
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 3), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        extra_special_tokens=list(extra),
+        model_max_length=length,
+    )
 
 
 def make_vae():
     """16 latent channels and no quant convolutions, as FLUX's; two halvings instead of three (factor 4)."""
     levels = VAE_FACTOR.bit_length()
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(32, 64, 96, 96)[:levels], layers_per_block=1, latent_channels=16, norm_num_groups=8,
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, sample_size=PANEL,
-        scaling_factor=1.0, shift_factor=0.0)
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(32, 64, 96, 96)[:levels],
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=PANEL,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
 
 
 def make_flux(vae):
@@ -66,18 +110,55 @@ def make_flux(vae):
     words = flux_words()
     clip_tokenizer = word_tokenizer(words, 77, bos=True)
     t5_tokenizer = word_tokenizer(words, PROMPT_TOKENS)
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=77, pad_token_id=0, eos_token_id=1, bos_token_id=3))
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=len(t5_tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, pad_token_id=0,
-        eos_token_id=1, relative_attention_num_buckets=32, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=3,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=0,
+            eos_token_id=1,
+            relative_attention_num_buckets=32,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     transformer = FluxTransformer2DModel(
-        in_channels=64, num_layers=3, num_single_layers=6, attention_head_dim=32, num_attention_heads=6,
-        joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=vae, text_encoder=clip, tokenizer=clip_tokenizer,
-        text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer)
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
 
 
 def grammar():
@@ -85,10 +166,15 @@ def grammar():
     opening = world.SHEET_OPENINGS[2, 2][0]
     scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
     nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
-    return {"subject": opening.format("{subject}") + ": {panels}",
-            "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
-            "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS], "nouns": [nouns],
-            "scenes": scenes, "extras": world.CONTEXT["accessory"], "lights": world.CONTEXT["light"]}
+    return {
+        "subject": opening.format("{subject}") + ": {panels}",
+        "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
+        "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS],
+        "nouns": [nouns],
+        "scenes": scenes,
+        "extras": world.CONTEXT["accessory"],
+        "lights": world.CONTEXT["light"],
+    }
 
 
 def flux_settings():
@@ -97,19 +183,43 @@ def flux_settings():
         "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 400, "batch_size": 16, "steps": 20, "panel": PANEL, "guidance_scale": 1.0,
-            "true_cfg_scale": 3.0, "grammar": grammar()},
+            "count": 400,
+            "batch_size": 16,
+            "steps": 20,
+            "panel": PANEL,
+            "guidance_scale": 1.0,
+            "true_cfg_scale": 3.0,
+            "grammar": grammar(),
+        },
         "finetune": {
-            "steps": 1300, "rank": 16, "batch_size": 16, "learning_rate": 2.5e-3, "shift": SHIFT,
+            "steps": 1300,
+            "rank": 16,
+            "batch_size": 16,
+            "learning_rate": 2.5e-3,
+            "shift": SHIFT,
             "frame_weights": [0.1, 1.0],  # * see README.md, "The identity frame"
-            "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0, "save_every": 100,
-            "validate_every": 325},
+            "guidance_scale": 1.0,
+            "image_guidance": 2.0,
+            "text_guidance": 2.0,
+            "save_every": 100,
+            "validate_every": 325,
+        },
         "sample": {
-            "steps": 20, "batch_size": 16, "guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0,
-            "width": PANEL, "height": PANEL,
-            "prompts": [f"a {{name}} {world.setting(c, pose=pose)}" for c, pose in (
-                ([7, 0, 3], 5), ([1, 1, 1], 3), ([0, 3, 2], 4), ([5, 2, 0], 1))],
-            "references": "../references", "shipped_adapter": "../adapter"}}
+            "steps": 20,
+            "batch_size": 16,
+            "guidance_scale": 1.0,
+            "image_guidance": 2.0,
+            "text_guidance": 2.0,
+            "width": PANEL,
+            "height": PANEL,
+            "prompts": [
+                f"a {{name}} {world.setting(c, pose=pose)}"
+                for c, pose in (([7, 0, 3], 5), ([1, 1, 1], 3), ([0, 3, 2], 4), ([5, 2, 0], 1))
+            ],
+            "references": "../references",
+            "shipped_adapter": "../adapter",
+        },
+    }
 
 
 @torch.no_grad()
@@ -123,11 +233,18 @@ def take_over(model, old):
 def zero_init(transformer):
     """Start every block as the identity and the output at zero (adaLN-zero, as in DiT)."""
     for name, p in transformer.named_parameters():
-        if "norm" in name and ".linear." in name or name.startswith(("proj_out", "norm_out.linear")):
+        if (
+            "norm" in name
+            and ".linear." in name
+            or name.startswith(("proj_out", "norm_out.linear"))
+        ):
             torch.nn.init.zeros_(p)
 
 
-VLM_SPECIAL = ["<image>", "<answer>"]  # one <image> for each of the 17 tokens of a panel; <answer> opens the reply
+VLM_SPECIAL = [
+    "<image>",
+    "<answer>",
+]  # one <image> for each of the 17 tokens of a panel; <answer> opens the reply
 VLM_TEMPLATE = """{%- for message in messages -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}<image>{%- else -%}{{ part['text'] }}{%- endif -%}
@@ -141,37 +258,87 @@ def vlm_tokenizer(words):
     """The word-level tokenizer, with line breaks as words of their own and nothing added around a text."""
     tokenizer = word_tokenizer(["\n", *words], 512, extra=VLM_SPECIAL)
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"), pre_tokenizers.Split(Regex(r"[.,:;?!()\"\n]"), "isolated")])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
+            pre_tokenizers.Split(Regex(r"[.,:;?!()\"\n]"), "isolated"),
+        ]
+    )
     backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    backend.decoder = decoders.Sequence([  # words joined by spaces, none before punctuation and around line breaks
-        decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), decoders.Replace(" :", ":"),
-        decoders.Replace(" \n ", "\n")])
+    backend.decoder = decoders.Sequence(
+        [  # words joined by spaces, none before punctuation and around line breaks
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            decoders.Replace(" :", ":"),
+            decoders.Replace(" \n ", "\n"),
+        ]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>",
-        extra_special_tokens=VLM_SPECIAL, model_max_length=512, padding_side="left")
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        extra_special_tokens=VLM_SPECIAL,
+        model_max_length=512,
+        padding_side="left",
+    )
 
 
 def make_vlm(words):
     """A LLaVA and its processor: a CLIP vision transformer sees a panel as 16 patches of 8x8 pixels and a class token,
     a two-layer projector hands all 17 to a Llama. `words` are what it can read and write."""
     tokenizer = vlm_tokenizer(words)
-    vision = CLIPVisionConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6,
-                              image_size=PANEL, patch_size=PANEL // 4, projection_dim=192)
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        image_size=PANEL,
+        patch_size=PANEL // 4,
+        projection_dim=192,
+    )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-        bos_token_id=3)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=17, tie_word_embeddings=True))
-    model.model.vision_tower.post_layernorm.requires_grad_(False)  # LLaVA takes the features before it
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_seq_length=17,
+            tie_word_embeddings=True,
+        )
+    )
+    model.model.vision_tower.post_layernorm.requires_grad_(
+        False
+    )  # LLaVA takes the features before it
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": PANEL}, crop_size={"height": PANEL, "width": PANEL}, image_mean=[.5] * 3,
-        image_std=[.5] * 3)
+        size={"shortest_edge": PANEL},
+        crop_size={"height": PANEL, "width": PANEL},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
     processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PANEL // 4, vision_feature_select_strategy="full",
-        num_additional_image_tokens=1, chat_template=VLM_TEMPLATE)
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PANEL // 4,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+        chat_template=VLM_TEMPLATE,
+    )
     return model, processor
 
 
@@ -184,14 +351,32 @@ def judge_labels():
 def make_judge():
     """A small ConvNeXt whose logits are eleven classifications side by side, each with an argmax of its own."""
     labels = dict(enumerate(judge_labels()))
-    return ConvNextForImageClassification(ConvNextConfig(
-        image_size=PANEL, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], drop_path_rate=0.0,
-        id2label=labels, label2id={label: i for i, label in labels.items()}))
+    return ConvNextForImageClassification(
+        ConvNextConfig(
+            image_size=PANEL,
+            patch_size=2,
+            num_stages=3,
+            hidden_sizes=[48, 96, 160],
+            depths=[2, 2, 2],
+            drop_path_rate=0.0,
+            id2label=labels,
+            label2id={label: i for i, label in labels.items()},
+        )
+    )
 
 
 def make_witness():
     """A judge of another architecture: a small vision transformer, which sees a panel as 64 patches of 4x4 pixels."""
     labels = dict(enumerate(judge_labels()))
-    return ViTForImageClassification(ViTConfig(
-        image_size=PANEL, patch_size=4, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, id2label=labels, label2id={label: i for i, label in labels.items()}))
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=PANEL,
+            patch_size=4,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            id2label=labels,
+            label2id={label: i for i, label in labels.items()},
+        )
+    )

@@ -41,6 +41,7 @@ import lessons  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 
+
 # ---- what all have in common -----------------------------------------------------------------------------------------
 @functools.cache
 def bfloat16_is_faster():
@@ -51,6 +52,7 @@ def bfloat16_is_faster():
     def seconds(dtype):
         matrices = {"a": torch.ones(64, 256, dtype=dtype), "b": torch.ones(256, 1024, dtype=dtype)}
         return Timer("a @ b", globals=matrices).blocked_autorange(min_run_time=0.05).median
+
     return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
 
 
@@ -63,8 +65,15 @@ def save_checkpoint(out, parameters, optimizer, ema, log, step):
     """Write the log so far and then, as one file, all that the next step depends on."""
     dsd.write_json(out / "log.jsonl", log)
     with dsd.writing(out / "checkpoint.pt") as part:
-        torch.save({"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
-                    "ema": ema.state_dict()}, part)
+        torch.save(
+            {
+                "step": step,
+                "parameters": [p.detach() for p in parameters],
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+            },
+            part,
+        )
 
 
 def read_checkpoint(out):
@@ -84,7 +93,9 @@ def resume(out, parameters, optimizer, ema):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
-    return [r for r in dsd.read_records(out / "log.jsonl") if r["step"] < state["step"]], state["step"]
+    return [r for r in dsd.read_records(out / "log.jsonl") if r["step"] < state["step"]], state[
+        "step"
+    ]
 
 
 def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
@@ -95,7 +106,9 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     draws what an uninterrupted one would have drawn."""
     out = Path("runs/pretrain") / name
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01, fused=True
+    )
     ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75, foreach=True)
     log, done = resume(out, parameters, optimizer, ema)
     done = max(done, args.done)
@@ -113,8 +126,10 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (loss + norm).isfinite():  # before it reaches the weights
-            raise dsd.DsdError(f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Delete "
-                               f"{out} and try a lower --learning_rate")
+            raise dsd.DsdError(
+                f"{name}: the loss is not a number at step {step}; the last checkpoint is kept. Delete "
+                f"{out} and try a lower --learning_rate"
+            )
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
@@ -184,8 +199,14 @@ def save_picture(images, columns, path, scale=4):
 # ---- the VAE ---------------------------------------------------------------------------------------------------------
 def pretrain_vae(args):
     """Reconstruct single panels, two-panel sheets and grids; a whisper of KL keeps the latents tame."""
-    vae = (AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else models.make_vae())
-    vae.to(args.device).encoder.requires_grad_(not args.start)  # going on: the latents stay those that a teacher knows
+    vae = (
+        AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
+        if args.start
+        else models.make_vae()
+    )
+    vae.to(args.device).encoder.requires_grad_(
+        not args.start
+    )  # going on: the latents stay those that a teacher knows
     layouts = [(1, 1), (1, 2), (2, 2)]
 
     def batch(generator, layout):
@@ -212,7 +233,9 @@ def pretrain_vae(args):
         psnr = 10 * math.log10(4 / F.mse_loss(vae.decode(z).sample, x).item())
     if not args.start:
         vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
-    print(f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}")
+    print(
+        f"VAE: {psnr:.1f} dB on training identities; latents of mean {z.mean():.3f}, deviation {z.std():.3f}"
+    )
     export(vae.half().save_pretrained, args.out / "flux" / "vae")
     note_steps(args.out / "flux" / "vae", steps)
 
@@ -239,8 +262,11 @@ def recorded(module, run):
         if shapes not in graphs:
             examples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                graphs[shapes] = torch.cuda.make_graphed_callables(Pass(module, run), examples, allow_unused_input=True)
+                graphs[shapes] = torch.cuda.make_graphed_callables(
+                    Pass(module, run), examples, allow_unused_input=True
+                )
         return graphs[shapes](*tensors)
+
     return replay
 
 
@@ -248,18 +274,29 @@ def encode_world(vae, layout, count, args):
     """`count` sheets of one layout as packed latents (count, N, 64) in float16, and their captions.
 
     Drawn and encoded once and kept on disk: each is then seen several times, every time with other noise."""
-    path = Path("runs/pretrain/flux") / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}.safetensors"
+    path = (
+        Path("runs/pretrain/flux")
+        / f"latents_{layout[0]}x{layout[1]}_{count}_{args.seed}.safetensors"
+    )
     captions_path = path.with_suffix(".json")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts, captions = [], []
-        n = (512 if args.device == "cuda" else 32) // (layout[0] * layout[1])  # at once: as many as suit its caches
+        n = (512 if args.device == "cuda" else 32) // (
+            layout[0] * layout[1]
+        )  # at once: as many as suit its caches
         for i in tqdm(range(0, count, n), desc=f"draw and encode {layout[0]}x{layout[1]} sheets"):
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i)
-            x, c = world.sheets(min(n, count - i), generator, layout, models.PANEL, device=args.device)
+            generator = torch.Generator().manual_seed(
+                args.seed * 1_000_003_000 + 7_000_003 * sum(layout) + i
+            )
+            x, c = world.sheets(
+                min(n, count - i), generator, layout, models.PANEL, device=args.device
+            )
             with torch.no_grad(), autocast(args.device):
                 z = vae.encode(x * 2 - 1).latent_dist.mode().float()
-            parts.append(dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
+            parts.append(
+                dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu()
+            )
             captions += c
         with dsd.writing(path) as part:
             save_file({"latents": torch.cat(parts)}, part)
@@ -269,7 +306,9 @@ def encode_world(vae, layout, count, args):
 
 def pretrain_flux(args):
     """Flow matching on panels, two-panel sheets and grids; the text encoders learn along with the transformer."""
-    vae = AutoencoderKL.from_pretrained(args.vae or args.out / "flux" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(
+        args.vae or args.out / "flux" / "vae", torch_dtype=torch.float32
+    )
     pipe = models.make_flux(vae.to(args.device))
     models.zero_init(pipe.transformer)
     if args.start:
@@ -278,8 +317,13 @@ def pretrain_flux(args):
             models.take_over(getattr(pipe, part), getattr(old, part))
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    t5, part_of_word = pipe.text_encoder_2, torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6).to(args.device)
-    reader = torch.nn.ModuleList([t5, part_of_word]).train()  # the classifier of its words is for training only
+    t5, part_of_word = (
+        pipe.text_encoder_2,
+        torch.nn.Linear(pipe.text_encoder_2.config.d_model, 6).to(args.device),
+    )
+    reader = torch.nn.ModuleList(
+        [t5, part_of_word]
+    ).train()  # the classifier of its words is for training only
     net = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, reader]).train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
@@ -294,7 +338,9 @@ def pretrain_flux(args):
         ids = dsd.position_ids(side * layout[0], side * layout[1])
         panel = (ids[:, 1] // (side // 2) * layout[1] + ids[:, 2] // (side // 2)).long()  # (N,)
         per_batch = args.batch_size * (1 if layout == (2, 2) else 2)
-        kinds.append((latents.to(args.device), clip_ids, t5_ids, ids.to(args.device), panel, per_batch))
+        kinds.append(
+            (latents.to(args.device), clip_ids, t5_ids, ids.to(args.device), panel, per_batch)
+        )
     null_clip, null_t5 = tokenize(pipe, [""], models.TOKENS[2, 2])
 
     def encode_text(ids):
@@ -304,49 +350,84 @@ def pretrain_flux(args):
         return pipe.text_encoder(ids).pooler_output
 
     def predict(x, sigma, text, pooled, ids, text_ids):
-        return pipe.transformer(hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled,
-                                img_ids=ids, txt_ids=text_ids).sample
+        return pipe.transformer(
+            hidden_states=x,
+            timestep=sigma,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            img_ids=ids,
+            txt_ids=text_ids,
+        ).sample
 
     if args.graphs:
         encode_text, pool_text = recorded(t5, encode_text), recorded(pipe.text_encoder, pool_text)
         predict = recorded(pipe.transformer, predict)
 
     def reading(step, generator):
-        t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(args.device)
-        return F.cross_entropy(part_of_word(t5(t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2))
+        t5_ids = kinds[0][2][torch.randint(len(kinds[0][2]), (32,), generator=generator)].to(
+            args.device
+        )
+        return F.cross_entropy(
+            part_of_word(t5(t5_ids)[0]).float().mT, parts_of(t5_ids, pipe.tokenizer_2)
+        )
 
-    schedule = [0, 1, 0, 2, 0, 1]  # of six batches three are grids, two two-panel sheets, one single panels
+    schedule = [
+        0,
+        1,
+        0,
+        2,
+        0,
+        1,
+    ]  # of six batches three are grids, two two-panel sheets, one single panels
 
     def loss_of_step(step, generator):
         latents, clip_ids, t5_ids, ids, panel, n = kinds[schedule[step % len(schedule)]]
         index = torch.randint(len(latents), (n,), generator=generator)
         drop = torch.rand(n, 1, generator=generator) < 0.1  # for guidance: the empty prompt
         clip_ids = torch.where(drop, null_clip, clip_ids[index]).to(args.device)
-        t5_ids = torch.where(drop, null_t5[:, :t5_ids.shape[1]], t5_ids[index]).to(args.device)
+        t5_ids = torch.where(drop, null_t5[:, : t5_ids.shape[1]], t5_ids[index]).to(args.device)
         parts = parts_of(t5_ids, pipe.tokenizer_2)
         x_0 = latents[index.to(args.device)].float()
-        noise = torch.Generator(args.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        noise = torch.Generator(args.device).manual_seed(
+            int(torch.randint(2**62, (), generator=generator))
+        )
         eps = torch.randn(x_0.shape, generator=noise, device=args.device)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
-        ahead = torch.zeros(x_0.shape[:2], dtype=torch.bool)  # (n, N): tokens of panels that have less noise
+        ahead = torch.zeros(
+            x_0.shape[:2], dtype=torch.bool
+        )  # (n, N): tokens of panels that have less noise
         if args.ahead and (panels := panel.max().item() + 1) > 1:
             one = torch.randint(panels, (n, 1), generator=generator)
             ahead = (panel == one) & (torch.rand(n, 1, generator=generator) < args.ahead)
         less = sigma * torch.rand(n, generator=generator)
         sigma, less, ahead = (x.to(args.device) for x in (sigma, less, ahead[..., None]))
         text = encode_text(t5_ids)
-        v = predict(torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)), sigma, text,
-                    pool_text(clip_ids), ids, torch.zeros(text.shape[1], 3, device=text.device))
+        v = predict(
+            torch.where(ahead, dsd.interpolate(x_0, eps, less), dsd.interpolate(x_0, eps, sigma)),
+            sigma,
+            text,
+            pool_text(clip_ids),
+            ids,
+            torch.zeros(text.shape[1], 3, device=text.device),
+        )
         error = (v.float() - dsd.velocity(x_0, eps))[~ahead.squeeze(2)].square().mean()
-        return error + .1 * F.cross_entropy(part_of_word(text).float().mT, parts)
+        return error + 0.1 * F.cross_entropy(part_of_word(text).float().mT, parts)
 
     @torch.compiler.set_stance("force_eager")
     def picture(path):
         prompts = world.sheets(12, torch.Generator().manual_seed(2))[1]
         side = models.PANEL * 2
-        images = pipe(prompts, negative_prompt=[""] * 12, true_cfg_scale=2.0, height=side, width=side,
-                      num_inference_steps=20, max_sequence_length=models.PROMPT_TOKENS, output_type="pt",
-                      generator=torch.Generator().manual_seed(0)).images.float()
+        images = pipe(
+            prompts,
+            negative_prompt=[""] * 12,
+            true_cfg_scale=2.0,
+            height=side,
+            width=side,
+            num_inference_steps=20,
+            max_sequence_length=models.PROMPT_TOKENS,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(0),
+        ).images.float()
         save_picture(images, 6, path, scale=3)
 
     if args.word_steps:
@@ -360,8 +441,12 @@ def pretrain_flux(args):
 
 def tokenize(pipe, captions, length):
     """Token ids of both encoders, padded as FluxPipeline pads them: (n, 77) and (n, length)."""
-    return [t(captions, padding="max_length", truncation=True, max_length=n, return_tensors="pt").input_ids
-            for t, n in ((pipe.tokenizer, pipe.tokenizer.model_max_length), (pipe.tokenizer_2, length))]
+    return [
+        t(
+            captions, padding="max_length", truncation=True, max_length=n, return_tensors="pt"
+        ).input_ids
+        for t, n in ((pipe.tokenizer, pipe.tokenizer.model_max_length), (pipe.tokenizer_2, length))
+    ]
 
 
 def parts_of(t5_ids, tokenizer):
@@ -370,20 +455,30 @@ def parts_of(t5_ids, tokenizer):
 
     FLUX gives all text tokens one position, so word order must come from the text encoder. A real T5 has learned it
     from much text; this one is asked, before and while the transformer learns, which part each word is in."""
-    word = dict(zip(["with", *world.ORDINALS], tokenizer.convert_tokens_to_ids(["with", *world.ORDINALS])))
-    panel = torch.isin(t5_ids, torch.tensor([word[o] for o in world.ORDINALS], device=t5_ids.device)).cumsum(1)
+    word = dict(
+        zip(["with", *world.ORDINALS], tokenizer.convert_tokens_to_ids(["with", *world.ORDINALS]))
+    )
+    panel = torch.isin(
+        t5_ids, torch.tensor([word[o] for o in world.ORDINALS], device=t5_ids.device)
+    ).cumsum(1)
     followed = (t5_ids == word["with"]).cumsum(1) > 0
-    return torch.where((panel == 0) & followed, 5, panel).masked_fill(t5_ids == tokenizer.pad_token_id, -100)
+    return torch.where((panel == 0) & followed, 5, panel).masked_fill(
+        t5_ids == tokenizer.pad_token_id, -100
+    )
 
 
 def write_flux(pipe, args):
     """The FLUX folder in float16, with dsd.json beside the models; without the VAE if --vae names another folder's."""
+
     def save(part):
         pipe.to(dtype=torch.float16).save_pretrained(part)
         if args.vae:
             shutil.rmtree(part / "vae")
-        for config in part.glob("text_encoder*/config.json"):  # so that stock lines load all parts as float32
+        for config in part.glob(
+            "text_encoder*/config.json"
+        ):  # so that stock lines load all parts as float32
             dsd.write_json(config, dsd.read_json(config) | {"dtype": "float32"})
+
     export(save, args.out / "flux")
     dsd.write_json(args.out / "flux" / "dsd.json", models.flux_settings())
 
@@ -407,11 +502,13 @@ def pool_of_panels(args):
     path = Path("runs/pretrain/vlm") / f"panels_{lessons.POOL}_{args.seed}_vae.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        vae = AutoencoderKL.from_pretrained(args.out / "flux" / "vae", torch_dtype=torch.float32).to(args.device)
+        vae = AutoencoderKL.from_pretrained(
+            args.out / "flux" / "vae", torch_dtype=torch.float32
+        ).to(args.device)
         generator = torch.Generator().manual_seed(args.seed + 77)
         images, attributes = lessons.draw_pool(lessons.POOL, generator, device=args.device)
-        quarter = images[:lessons.POOL // 4]
-        images[:len(quarter)] = through_vae(quarter.flatten(0, 1), vae).view(quarter.shape)
+        quarter = images[: lessons.POOL // 4]
+        images[: len(quarter)] = through_vae(quarter.flatten(0, 1), vae).view(quarter.shape)
         with dsd.writing(path) as part:
             save_file({"images": images, "attributes": attributes}, part)
     pool = load_file(path)
@@ -445,32 +542,51 @@ def pretrain_vlm(args):
     def seeing(step, generator):
         group = torch.randint(len(images), (args.batch_size,), generator=generator)
         panel = torch.randint(6, (args.batch_size,), generator=generator)
-        return net.attribute_loss(net.see(panels(group, panel, generator)), attributes[group, panel].to(args.device))
+        return net.attribute_loss(
+            net.see(panels(group, panel, generator)), attributes[group, panel].to(args.device)
+        )
 
     def comparing(step, generator):
         return net.comparing_loss(lessons.draw_descriptions(args.batch_size // 2, generator))
 
     def answering(step, generator):
         pairs = lessons.draw_pairs(attributes, n, generator).view(n * 2, 2)
-        single = torch.stack([torch.randint(len(images), (n,), generator=generator),
-                              torch.randint(6, (n,), generator=generator)], 1)
+        single = torch.stack(
+            [
+                torch.randint(len(images), (n,), generator=generator),
+                torch.randint(6, (n,), generator=generator),
+            ],
+            1,
+        )
         group, panel = torch.cat([pairs, single]).unbind(1)
         rows, kind = attributes[group, panel], torch.rand(2, n, generator=generator)
         features = net.see(panels(group, panel, generator))
         told = rows.tolist()
-        about_pairs = [lessons.pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)]
-        about_panels = [lessons.panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)]
-        return (net.answer_loss(features[:2 * n], about_pairs) + .5 * net.answer_loss(features[2 * n:], about_panels)
-                + .5 * net.attribute_loss(features, rows.to(args.device))
-                + .5 * net.comparing_loss(lessons.draw_descriptions(n // 2, generator)))
+        about_pairs = [
+            lessons.pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)
+        ]
+        about_panels = [
+            lessons.panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)
+        ]
+        return (
+            net.answer_loss(features[: 2 * n], about_pairs)
+            + 0.5 * net.answer_loss(features[2 * n :], about_panels)
+            + 0.5 * net.attribute_loss(features, rows.to(args.device))
+            + 0.5 * net.comparing_loss(lessons.draw_descriptions(n // 2, generator))
+        )
 
     def picture(path):
         write_vlm(vlm, processor, path.parent / "vlm")
 
     sight = torch.nn.ModuleList([vlm.model.vision_tower, net.heads])
-    for name, module, loss, steps in (("vlm_sight", sight, seeing, args.sight_steps),
-                                      ("vlm_words", vlm.model.language_model, comparing, args.word_steps)):
-        if steps and fit(name, module, loss, argparse.Namespace(**vars(args) | {"steps": steps})) < steps:
+    for name, module, loss, steps in (
+        ("vlm_sight", sight, seeing, args.sight_steps),
+        ("vlm_words", vlm.model.language_model, comparing, args.word_steps),
+    ):
+        if (
+            steps
+            and fit(name, module, loss, argparse.Namespace(**vars(args) | {"steps": steps})) < steps
+        ):
             return  # out of time; its checkpoint is kept
     steps = fit("vlm", net.train(), answering, args, picture)
     write_vlm(vlm, processor, args.out / "vlm")
@@ -480,8 +596,16 @@ def pretrain_vlm(args):
 def write_vlm(vlm, processor, folder):
     """The VLM's folder in float16, the weights in training untouched."""
     halves = {k: v.half() for k, v in vlm.state_dict().items()}
-    export(lambda part: (vlm.save_pretrained(part, state_dict=halves), processor.save_pretrained(part)), folder)
-    dsd.write_json(folder / "dsd.json", {"curate": {"example": ""}})  # it has learned the form, and knows few words
+    export(
+        lambda part: (
+            vlm.save_pretrained(part, state_dict=halves),
+            processor.save_pretrained(part),
+        ),
+        folder,
+    )
+    dsd.write_json(
+        folder / "dsd.json", {"curate": {"example": ""}}
+    )  # it has learned the form, and knows few words
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
@@ -499,10 +623,13 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
         n = args.batch_size
         identity = world.identity_of(world.draw_identities(n, generator))
         context = world.draw_contexts(n, generator)
-        pose, named = world.draw_poses(n, generator), torch.randint(len(world.POSES), (n,), generator=generator)
+        pose, named = (
+            world.draw_poses(n, generator),
+            torch.randint(len(world.POSES), (n,), generator=generator),
+        )
         pose = world.in_pose(pose, named)
         x = world.render(identity, context, pose, models.PANEL) * 2 - 1
-        clean = torch.rand(n, 1, 1, 1, generator=generator) < .5
+        clean = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
         x = torch.where(clean, x, lessons.degrade(lessons.warp(x, generator), generator))
         logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
         wanted = torch.cat([identity, context, named[:, None]], 1).to(args.device)
@@ -528,54 +655,102 @@ def pretrain_all(args):
         done = dsd.read_json(note)["steps"] if note.exists() else 0
         if name == "references" or done < settings["steps"]:
             own = argparse.Namespace(**vars(args) | {"model": name} | settings)
-            if done and not (Path("runs/pretrain") / name / "checkpoint.pt").exists():  # from the exported weights
+            if (
+                done and not (Path("runs/pretrain") / name / "checkpoint.pt").exists()
+            ):  # from the exported weights
                 own.start, own.done = folder, done
             run(own)
             if time.time() > args.deadline:
-                return print(f"the time is up in the training of {name}; the same command goes on from here")
+                return print(
+                    f"the time is up in the training of {name}; the same command goes on from here"
+                )
     print("all models are made")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-COMMANDS = {"vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=2e-3)),
-            "flux": (pretrain_flux, dict(steps=10400, batch_size=16, learning_rate=2e-3)),
-            "references": (draw_references, {}),
-            "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
-            "witness": (pretrain_witness, dict(steps=10_000, batch_size=64, learning_rate=1.5e-3)),
-            "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3)),
-            "all": (pretrain_all, {})}
+COMMANDS = {
+    "vae": (pretrain_vae, dict(steps=8000, batch_size=12, learning_rate=2e-3)),
+    "flux": (pretrain_flux, dict(steps=10400, batch_size=16, learning_rate=2e-3)),
+    "references": (draw_references, {}),
+    "judge": (pretrain_judge, dict(steps=4000, batch_size=64, learning_rate=2e-3)),
+    "witness": (pretrain_witness, dict(steps=10_000, batch_size=64, learning_rate=1.5e-3)),
+    "vlm": (pretrain_vlm, dict(steps=2400, batch_size=64, learning_rate=1e-3)),
+    "all": (pretrain_all, {}),
+}
 ALL = {  # what `all` does, in this order
-    "vae": dict(steps=8700), "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=.5, sheets=12_000),
-    "references": {}, "judge": dict(steps=10_000), "witness": dict(steps=10_000), "vlm": dict(steps=4000)}
+    "vae": dict(steps=8700),
+    "flux": dict(steps=44_000, batch_size=8, learning_rate=1.5e-3, ahead=0.5, sheets=12_000),
+    "references": {},
+    "judge": dict(steps=10_000),
+    "witness": dict(steps=10_000),
+    "vlm": dict(steps=4000),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=COMMANDS)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--vae", help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)")
-    parser.add_argument("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
-    parser.add_argument("--ahead", type=float, default=0., help="flux: in this share of the sheets one panel has less "
-                        "noise than the others and is left out of the loss: they learn to look at it")
-    parser.add_argument("--start", help="a folder of such a model to go on from (default: from nothing); of the VAE "
-                        "only the decoder goes on")
-    parser.add_argument("--sight_steps", type=int, help="vlm: steps of the vision tower by itself, first (default: "
-                        "3000, or 0 with --start)")
-    parser.add_argument("--word_steps", type=int, help="vlm, flux: steps of the language model by itself, next "
-                        "(default: 600, or 0 with --start)")
-    parser.add_argument("--compile", action="store_true", help="flux: compile the blocks (it takes a minute; then a "
-                        "step costs a third less)")
-    parser.add_argument("--graphs", action="store_true", help="flux, on a CUDA GPU: replay the passes as CUDA graphs "
-                        "(a step costs half or a third)")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)")
+    parser.add_argument(
+        "--vae",
+        help="flux: the folder of its VAE, which is then not written (default: OUT/flux/vae)",
+    )
+    parser.add_argument(
+        "--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode"
+    )
+    parser.add_argument(
+        "--ahead",
+        type=float,
+        default=0.0,
+        help="flux: in this share of the sheets one panel has less "
+        "noise than the others and is left out of the loss: they learn to look at it",
+    )
+    parser.add_argument(
+        "--start",
+        help="a folder of such a model to go on from (default: from nothing); of the VAE "
+        "only the decoder goes on",
+    )
+    parser.add_argument(
+        "--sight_steps",
+        type=int,
+        help="vlm: steps of the vision tower by itself, first (default: 3000, or 0 with --start)",
+    )
+    parser.add_argument(
+        "--word_steps",
+        type=int,
+        help="vlm, flux: steps of the language model by itself, next "
+        "(default: 600, or 0 with --start)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="flux: compile the blocks (it takes a minute; then a step costs a third less)",
+    )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="flux, on a CUDA GPU: replay the passes as CUDA graphs (a step costs half or a third)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)"
+    )
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_minutes", type=float, default=3.0)
-    parser.add_argument("--export", action="store_true", help="flux: write the folder from the last checkpoint, now")
+    parser.add_argument(
+        "--export", action="store_true", help="flux: write the folder from the last checkpoint, now"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, and export what there is")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="stop after so many, and export what there is",
+    )
     args = parser.parse_args()
     args.done, args.device = 0, "cuda" if torch.cuda.is_available() else "cpu"
     args.deadline = time.time() + args.minutes * 60
@@ -587,12 +762,17 @@ def main():
 def run(args):
     """One of COMMANDS, with its defaults for what is not given."""
     train, defaults = COMMANDS[args.model]
-    first = dict(sight_steps=0, word_steps=0) if args.start else dict(sight_steps=3000, word_steps=600)
+    first = (
+        dict(sight_steps=0, word_steps=0) if args.start else dict(sight_steps=3000, word_steps=600)
+    )
     for key, value in (defaults | first if args.model != "all" else {}).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     torch.manual_seed(args.seed)
-    if not args.export and args.model not in ("references", "all"):  # an export may read beside the run that writes
+    if not args.export and args.model not in (
+        "references",
+        "all",
+    ):  # an export may read beside the run that writes
         names = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "sheets"
         decisive = {name: getattr(args, name) for name in names}
         folder = argparse.Namespace(out=Path("runs/pretrain") / args.model, **decisive)

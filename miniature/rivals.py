@@ -55,8 +55,12 @@ class IPAdapter(Rival):
         self.norm = torch.nn.LayerNorm(self.config.joint_attention_dim)
         processors = transformer.attn_processors
         for name in processors:
-            if name.startswith("transformer_blocks"):  # the double ones, as diffusers' loader has it
-                processors[name] = FluxIPAdapterAttnProcessor(self.width, self.config.joint_attention_dim)
+            if name.startswith(
+                "transformer_blocks"
+            ):  # the double ones, as diffusers' loader has it
+                processors[name] = FluxIPAdapterAttnProcessor(
+                    self.width, self.config.joint_attention_dim
+                )
                 for layer in processors[name].to_v_ip:  # so that at first it is the teacher
                     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
         transformer.set_attn_processor(processors)
@@ -65,20 +69,33 @@ class IPAdapter(Rival):
     def forward(self, hidden_states, **inputs):
         x, reference = hidden_states.chunk(2, dim=2)  # (B, N, 64) each
         tokens = self.norm(self.project(reference) + self.places)  # (B, N, joint_attention_dim)
-        return self.transformer(hidden_states=x, joint_attention_kwargs={"ip_adapter_image_embeds": tokens}, **inputs)
+        return self.transformer(
+            hidden_states=x, joint_attention_kwargs={"ip_adapter_image_embeds": tokens}, **inputs
+        )
 
 
 class ControlNet(Rival):
     def __init__(self, transformer, tokens, double=1, single=2):
         super().__init__(transformer)
         self.copied = FluxControlNetModel.from_transformer(
-            transformer, double, single, self.config.attention_head_dim, self.config.num_attention_heads)
+            transformer,
+            double,
+            single,
+            self.config.attention_head_dim,
+            self.config.num_attention_heads,
+        )
 
     def forward(self, hidden_states, **inputs):
         x, reference = hidden_states.chunk(2, dim=2)  # (B, N, 64) each
-        blocks, single_blocks = self.copied(hidden_states=x, controlnet_cond=reference, return_dict=False, **inputs)
-        return self.transformer(hidden_states=x, controlnet_block_samples=blocks,
-                                controlnet_single_block_samples=single_blocks, **inputs)
+        blocks, single_blocks = self.copied(
+            hidden_states=x, controlnet_cond=reference, return_dict=False, **inputs
+        )
+        return self.transformer(
+            hidden_states=x,
+            controlnet_block_samples=blocks,
+            controlnet_single_block_samples=single_blocks,
+            **inputs,
+        )
 
 
 RIVALS = {"ip_adapter": IPAdapter, "controlnet": ControlNet}
@@ -98,10 +115,22 @@ def draw(pipe, cases, args):
     if not isinstance(pipe.transformer, Rival):
         pipe.transformer = load(args.rival[0], pipe.transformer, args, args.rival[1])
         pipe.tokenizer_2.model_max_length = args.prompt_tokens[0]
-    text, null_text = (dsd.encode_prompts(pipe, prompts) for prompts in ([case.prompt for case in cases], [""]))
-    return dsd.sample_edit(pipe, dsd.to_pixels([case.image for case in cases]), text, null_text,
-                           [case.seed for case in cases], args.steps, args.image_guidance, args.text_guidance,
-                           args.guidance_scale, args.unguided_steps, frames=1)
+    text, null_text = (
+        dsd.encode_prompts(pipe, prompts) for prompts in ([case.prompt for case in cases], [""])
+    )
+    return dsd.sample_edit(
+        pipe,
+        dsd.to_pixels([case.image for case in cases]),
+        text,
+        null_text,
+        [case.seed for case in cases],
+        args.steps,
+        args.image_guidance,
+        args.text_guidance,
+        args.guidance_scale,
+        args.unguided_steps,
+        frames=1,
+    )
 
 
 def train(rival, pairs, null_text, args):
@@ -115,7 +144,9 @@ def train(rival, pairs, null_text, args):
             loss = finetune.batch_losses(rival, batch, args)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * finetune.learning_rate_share(step, args.steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * finetune.learning_rate_share(
+            step, args.steps
+        )
         optimizer.step()
         optimizer.zero_grad()
         log.append({"step": step, "loss": loss.item()})
@@ -132,7 +163,9 @@ def main():
     known = dsd.digest(text=str([pair["cache"].stem for pair in pairs]))
     dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, dtype=torch.float32)
-    pipe.tokenizer_2.model_max_length = args.prompt_tokens or dsd.folder_settings(args.model)["canvas_prompt_tokens"]
+    pipe.tokenizer_2.model_max_length = (
+        args.prompt_tokens or dsd.folder_settings(args.model)["canvas_prompt_tokens"]
+    )
     finetune.encode_pairs(pipe, [*pairs, *held_out], args)
     args.latent_size = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
     rival = load(kind, pipe.transformer, args)
@@ -140,8 +173,10 @@ def main():
     dsd.write_json(args.out / "log.jsonl", log)
     with dsd.writing(args.out / FILE) as part:
         save_file({name: p.detach().cpu() for name, p in rival.trained().items()}, part)
-    print(f"{sum(p.numel() for p in rival.trained().values()) / 1e6:.2f} million weights trained in {args.steps} steps "
-          f"on {len(pairs)} pairs; see {args.out}")
+    print(
+        f"{sum(p.numel() for p in rival.trained().values()) / 1e6:.2f} million weights trained in {args.steps} steps "
+        f"on {len(pairs)} pairs; see {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,16 @@ import torch
 import torch.nn.functional as F
 
 # ---- what a critter can be -------------------------------------------------------------------------------------------
-COLOURS = {"red": (0.90, 0.16, 0.14), "orange": (0.98, 0.55, 0.10), "yellow": (0.96, 0.90, 0.22),
-           "green": (0.22, 0.72, 0.22), "teal": (0.10, 0.74, 0.72), "blue": (0.18, 0.34, 0.92),
-           "purple": (0.56, 0.22, 0.82), "pink": (0.98, 0.48, 0.74)}
+COLOURS = {
+    "red": (0.90, 0.16, 0.14),
+    "orange": (0.98, 0.55, 0.10),
+    "yellow": (0.96, 0.90, 0.22),
+    "green": (0.22, 0.72, 0.22),
+    "teal": (0.10, 0.74, 0.72),
+    "blue": (0.18, 0.34, 0.92),
+    "purple": (0.56, 0.22, 0.82),
+    "pink": (0.98, 0.48, 0.74),
+}
 IDENTITY = {  # attribute -> its values; the order of the attributes is the order of the columns everywhere
     "shape": ["round", "square", "tall", "pear-shaped", "triangular", "ghostly"],
     "ears": ["earless", "cat-eared", "bunny-eared", "horned", "antennaed"],
@@ -26,33 +33,75 @@ IDENTITY = {  # attribute -> its values; the order of the attributes is the orde
     "eyes": ["one", "two", "three"],
 }
 CONTEXT = {  # the words are the prompt's
-    "scene": ["in the snow", "on the beach", "in the forest", "in a cave", "in the desert", "in the city",
-              "in the meadow", "in space"],
+    "scene": [
+        "in the snow",
+        "on the beach",
+        "in the forest",
+        "in a cave",
+        "in the desert",
+        "in the city",
+        "in the meadow",
+        "in space",
+    ],
     "accessory": ["", "with a hat", "with a balloon", "with a scarf"],
     "light": ["at noon", "at sunset", "by moonlight", "under neon"],
 }
 RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
 N_IDENTITIES = 60_480  # the product of RADIX
 SLIPS = 0.1  # share of pretraining sheets in which one panel shows a critter that differs in one or two attributes
-UNRELATED = 1 / 3  # share of sheets in which one panel or more, but not all, show other critters of the same noun
+UNRELATED = (
+    1 / 3
+)  # share of sheets in which one panel or more, but not all, show other critters of the same noun
 DETAILED = 0.3  # share of single panels' captions that also name colours, pattern and eyes, so that these words are
 # known. Sheets' captions never do: where words tell the details, the model need not look from panel to panel
 POSES = {  # the prompt's words -> how far right and down the critter's place moves (a panel is 2 wide and high), what
     # its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32; turned it is smaller: ears stay
-    "": (0., 0., 1., 0), "on the left": (-.34, 0., .92, 0), "on the right": (.34, 0., .92, 0),
-    "jumping": (0., -.34, .85, 0), "lying down": (.20, .12, .85, -1), "upside down": (0., -.32, .85, 2)}
-POSE_NAMES = [pose or "standing" for pose in POSES]  # in labels and tables; a prompt says nothing of a standing critter
+    "": (0.0, 0.0, 1.0, 0),
+    "on the left": (-0.34, 0.0, 0.92, 0),
+    "on the right": (0.34, 0.0, 0.92, 0),
+    "jumping": (0.0, -0.34, 0.85, 0),
+    "lying down": (0.20, 0.12, 0.85, -1),
+    "upside down": (0.0, -0.32, 0.85, 2),
+}
+POSE_NAMES = [
+    pose or "standing" for pose in POSES
+]  # in labels and tables; a prompt says nothing of a standing critter
 
-_SKY = [[.72, .84, .95], [.55, .80, .98], [.16, .34, .20], [.20, .16, .16], [.98, .78, .48],
-        [.62, .68, .76], [.50, .78, 1.0], [.05, .04, .14]]
-_GROUND = [[.97, .98, 1.0], [.94, .84, .56], [.26, .42, .16], [.36, .29, .27], [.86, .62, .30],
-           [.34, .35, .38], [.42, .74, .26], [.42, .34, .52]]
-_CAST = [[1., 1., 1.], [1.12, .74, .46], [.42, .52, .90], [1.05, .50, 1.08]]
-_LIGHT_FROM = [[0., -1.], [1., -.2], [-.7, -.7], [-1., .3]]  # where the light stands (x, y down)
-_EAR_X = [.27, .28, .20, .17, .27, .25]  # ear anchors, one for each body shape
-_EAR_Y = [-.38, -.40, -.48, -.46, -.26, -.38]
-_EYES = [[(0., -.10)], [(-.17, -.10), (.17, -.10)], [(-.16, -.02), (.16, -.02), (0., -.27)]]  # where they are
-_TOP_Y = [-.48, -.42, -.58, -.56, -.50, -.48]  # where a hat sits
+_SKY = [
+    [0.72, 0.84, 0.95],
+    [0.55, 0.80, 0.98],
+    [0.16, 0.34, 0.20],
+    [0.20, 0.16, 0.16],
+    [0.98, 0.78, 0.48],
+    [0.62, 0.68, 0.76],
+    [0.50, 0.78, 1.0],
+    [0.05, 0.04, 0.14],
+]
+_GROUND = [
+    [0.97, 0.98, 1.0],
+    [0.94, 0.84, 0.56],
+    [0.26, 0.42, 0.16],
+    [0.36, 0.29, 0.27],
+    [0.86, 0.62, 0.30],
+    [0.34, 0.35, 0.38],
+    [0.42, 0.74, 0.26],
+    [0.42, 0.34, 0.52],
+]
+_CAST = [[1.0, 1.0, 1.0], [1.12, 0.74, 0.46], [0.42, 0.52, 0.90], [1.05, 0.50, 1.08]]
+_LIGHT_FROM = [
+    [0.0, -1.0],
+    [1.0, -0.2],
+    [-0.7, -0.7],
+    [-1.0, 0.3],
+]  # where the light stands (x, y down)
+_EAR_X = [0.27, 0.28, 0.20, 0.17, 0.27, 0.25]  # ear anchors, one for each body shape
+_EAR_Y = [-0.38, -0.40, -0.48, -0.46, -0.26, -0.38]
+_EYES = [
+    [(0.0, -0.10)],
+    [(-0.17, -0.10), (0.17, -0.10)],
+    [(-0.16, -0.02), (0.16, -0.02), (0.0, -0.27)],
+]  # where they are
+_TOP_Y = [-0.48, -0.42, -0.58, -0.56, -0.50, -0.48]  # where a hat sits
 
 
 # ---- identities and contexts as integers -----------------------------------------------------------------------------
@@ -60,7 +109,9 @@ def identity_of(index):
     """Identity numbers (N,) in [0, 60480) -> attribute values (N, 7), columns as in IDENTITY."""
     index, columns = torch.as_tensor(index).clone(), []
     if ((index < 0) | (index >= N_IDENTITIES)).any():
-        raise ValueError(f"the world has {N_IDENTITIES} identities, numbered from 0: {index.tolist()[:5]}... asked for")
+        raise ValueError(
+            f"the world has {N_IDENTITIES} identities, numbered from 0: {index.tolist()[:5]}... asked for"
+        )
     for radix in RADIX:
         columns.append(index % radix)
         index = index // radix
@@ -85,7 +136,9 @@ def draw_identities(n, generator, held_out=False):
 
 def draw_contexts(n, generator):
     """`n` random contexts (n, 3): scene, accessory, light."""
-    return torch.stack([torch.randint(len(v), (n,), generator=generator) for v in CONTEXT.values()], 1)
+    return torch.stack(
+        [torch.randint(len(v), (n,), generator=generator) for v in CONTEXT.values()], 1
+    )
 
 
 def draw_poses(n, generator):
@@ -94,7 +147,9 @@ def draw_poses(n, generator):
     They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the jitter, and with a
     larger one that doubt was more than half of the student's loss (README, "What was tried")."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
-    return torch.stack([.06 * u[:, 0], .16 + .03 * u[:, 1], 1.16 + .05 * u[:, 2], .07 * u[:, 3]], 1)
+    return torch.stack(
+        [0.06 * u[:, 0], 0.16 + 0.03 * u[:, 1], 1.16 + 0.05 * u[:, 2], 0.07 * u[:, 3]], 1
+    )
 
 
 def in_pose(pose, named):
@@ -115,9 +170,13 @@ def change_attributes(identity, count, generator):
     other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
     order = torch.rand(identity.shape, generator=generator).argsort(1)
     for column, size in enumerate(sizes):
-        change = (order == column).float().argmax(1) < count  # this column is among the first `count` of the shuffle
+        change = (order == column).float().argmax(
+            1
+        ) < count  # this column is among the first `count` of the shuffle
         step = torch.randint(1, size, (len(identity),), generator=generator)
-        other[:, column] = torch.where(change, (identity[:, column] + step) % size, identity[:, column])
+        other[:, column] = torch.where(
+            change, (identity[:, column] + step) % size, identity[:, column]
+        )
     clash = other[:, 2] == other[:, 4]
     if clash.any():  # main and second colour are never equal: draw these again
         other[clash] = change_attributes(identity[clash], count[clash], generator)
@@ -168,7 +227,9 @@ def details(identity):
 def setting(context, light=True, pose=0):
     """The pose, unless the critter stands, and the context in words: "jumping on the beach at sunset with a hat"."""
     scene, accessory, lamp = (values[int(v)] for values, v in zip(CONTEXT.values(), context))
-    return " ".join(part for part in (list(POSES)[pose], scene, lamp if light else "", accessory) if part)
+    return " ".join(
+        part for part in (list(POSES)[pose], scene, lamp if light else "", accessory) if part
+    )
 
 
 def described(identity, detailed):
@@ -177,14 +238,16 @@ def described(identity, detailed):
 
 
 def panel_caption(identity, context, detailed=False, pose=0):
-    """"a round cat-eared critter on the beach at sunset with a hat"; detailed: the colours are named too."""
+    """ "a round cat-eared critter on the beach at sunset with a hat"; detailed: the colours are named too."""
     return f"a {described(identity, detailed)} {setting(context, pose=pose)}"
 
 
 ORDINALS = ["first", "second", "third", "fourth"]
 SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is generate_grids.py's
-    (2, 2): ["a grid of 4 images representing the same {}",
-             "an image of evenly separated 4 panels showing identical {}"],
+    (2, 2): [
+        "a grid of 4 images representing the same {}",
+        "an image of evenly separated 4 panels showing identical {}",
+    ],
     (1, 2): ["2 images representing the same {}", "an image of 2 panels showing identical {}"],
 }
 
@@ -200,7 +263,10 @@ def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, p
         head = opening.format(f"scene, a {subject} {setting(contexts[0], False, poses[0])}")
         panels = [CONTEXT["light"][int(c[2])] for c in contexts]
     else:
-        head, panels = opening.format(subject), [setting(c, pose=pose) for c, pose in zip(contexts, poses)]
+        head, panels = (
+            opening.format(subject),
+            [setting(c, pose=pose) for c, pose in zip(contexts, poses)],
+        )
     return f"{head}: " + ", ".join(f"{o} {p}" for o, p in zip(ORDINALS, panels))
 
 
@@ -213,47 +279,53 @@ def _ellipse(x, y, a, b):  # not an exact distance, near enough for a soft edge
     return (((x / a) ** 2 + (y / b) ** 2).sqrt() - 1) * min(a, b)
 
 
-def _box(x, y, a, b, r=0.):
+def _box(x, y, a, b, r=0.0):
     qx, qy = x.abs() - a + r, y.abs() - b + r
-    return (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt() + torch.maximum(qx, qy).clamp(max=0) - r
+    return (
+        (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt()
+        + torch.maximum(qx, qy).clamp(max=0)
+        - r
+    )
 
 
-def _triangle(x, y, a, top, bottom):  # symmetric about x = 0, the tip at (0, top), the base of half-width a at bottom
-    length = (a * a + (bottom - top) ** 2) ** .5
+def _triangle(
+    x, y, a, top, bottom
+):  # symmetric about x = 0, the tip at (0, top), the base of half-width a at bottom
+    length = (a * a + (bottom - top) ** 2) ** 0.5
     side = (x.abs() * (bottom - top) - (y - top) * a) / length
     return torch.maximum(side, y - bottom)
 
 
 def _body(shape, x, y):
     if shape == 0:
-        return _circle(x, y, .48)
+        return _circle(x, y, 0.48)
     if shape == 1:
-        return _box(x, y, .43, .43, .10)
+        return _box(x, y, 0.43, 0.43, 0.10)
     if shape == 2:
-        return _ellipse(x, y, .34, .58)
+        return _ellipse(x, y, 0.34, 0.58)
     if shape == 3:
-        low, high = _circle(x, y - .10, .42), _circle(x, y + .30, .27)
-        h = (.5 + .5 * (low - high) / .25).clamp(0, 1)  # smooth union
-        return low + (high - low) * h - .25 * h * (1 - h)
+        low, high = _circle(x, y - 0.10, 0.42), _circle(x, y + 0.30, 0.27)
+        h = (0.5 + 0.5 * (low - high) / 0.25).clamp(0, 1)  # smooth union
+        return low + (high - low) * h - 0.25 * h * (1 - h)
     if shape == 4:
-        return _triangle(x, y, .52, -.50, .38) - .05
-    skirt = _box(x, y - .12, .42, .36) + .07 * (1 + torch.cos(x * 22)) * (y > .3)
-    return torch.minimum(_circle(x, y + .06, .42), skirt)
+        return _triangle(x, y, 0.52, -0.50, 0.38) - 0.05
+    skirt = _box(x, y - 0.12, 0.42, 0.36) + 0.07 * (1 + torch.cos(x * 22)) * (y > 0.3)
+    return torch.minimum(_circle(x, y + 0.06, 0.42), skirt)
 
 
 def _ears(kind, x, y, ex, ey):  # x is mirrored: both ears at once
     u, v = x.abs() - ex, y - ey
     if kind == 0:
-        return torch.full_like(x, 9.)
+        return torch.full_like(x, 9.0)
     if kind == 1:
-        return _triangle(u - .03, v, .16, -.26, .14)
+        return _triangle(u - 0.03, v, 0.16, -0.26, 0.14)
     if kind == 2:
-        return _ellipse(u - .02, v + .20, .10, .34)
+        return _ellipse(u - 0.02, v + 0.20, 0.10, 0.34)
     if kind == 3:
-        lean = u - .10 + .6 * (v + .05)  # horns lean outwards
-        return _triangle(lean, v, .085, -.30, .12)
-    stalk = _box(u - .06 + .25 * (v + .14), v + .14, .032, .22)
-    return torch.minimum(stalk, _circle(u - .12, v + .36, .105))
+        lean = u - 0.10 + 0.6 * (v + 0.05)  # horns lean outwards
+        return _triangle(lean, v, 0.085, -0.30, 0.12)
+    stalk = _box(u - 0.06 + 0.25 * (v + 0.14), v + 0.14, 0.032, 0.22)
+    return torch.minimum(stalk, _circle(u - 0.12, v + 0.36, 0.105))
 
 
 def render(identity, context, pose, size=32):
@@ -263,7 +335,12 @@ def render(identity, context, pose, size=32):
     Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its cache."""
     n = len(identity) if identity.is_cuda else 32
     with identity.device:  # where tensors are made that follow no other
-        return torch.cat([_render(*part, size) for part in zip(identity.split(n), context.split(n), pose.split(n))])
+        return torch.cat(
+            [
+                _render(*part, size)
+                for part in zip(identity.split(n), context.split(n), pose.split(n))
+            ]
+        )
 
 
 def _look_up(table, index):
@@ -272,14 +349,14 @@ def _look_up(table, index):
 
 def _render(identity, context, pose, size):
     n, s = len(identity), size * 2
-    line = (torch.arange(s) + .5) / s * 2 - 1
+    line = (torch.arange(s) + 0.5) / s * 2 - 1
     Y, X = torch.meshgrid(line, line, indexing="ij")
     X, Y = X.expand(n, s, s), Y.expand(n, s, s)
     soft = 2.0 / s  # half the width of a soft edge
     scene, accessory, light = context.unbind(1)
 
     def mask(distance):
-        return (.5 - distance / (2 * soft)).clamp(0, 1).unsqueeze(1)  # (N, 1, S, S)
+        return (0.5 - distance / (2 * soft)).clamp(0, 1).unsqueeze(1)  # (N, 1, S, S)
 
     def paint(image, distance, colour):
         m = mask(distance)
@@ -294,7 +371,11 @@ def _render(identity, context, pose, size):
     shape, ears, colour, tone, second, pattern, eyes = identity.unbind(1)
     palette = torch.tensor(list(COLOURS.values()))
     main = palette[colour]
-    main = torch.where((tone == 1)[:, None], .45 * main + .55, torch.where((tone == 2)[:, None], .45 * main, main))
+    main = torch.where(
+        (tone == 1)[:, None],
+        0.45 * main + 0.55,
+        torch.where((tone == 2)[:, None], 0.45 * main, main),
+    )
     main, trim = main.view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
 
     body, ear = torch.empty_like(x), torch.empty_like(x)
@@ -303,37 +384,49 @@ def _render(identity, context, pose, size):
         body[i] = _body(k, x[i], y[i])
     for k in range(len(IDENTITY["ears"])):
         i = ears == k
-        ear[i] = _ears(k, x[i], y[i], *(_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y)))
-    feet = _ellipse(x.abs() - .20, y - .47, .17, .11)
+        ear[i] = _ears(
+            k, x[i], y[i], *(_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y))
+        )
+    feet = _ellipse(x.abs() - 0.20, y - 0.47, 0.17, 0.11)
 
-    ink = torch.tensor([.08, .06, .10]).view(1, 3, 1, 1)
+    ink = torch.tensor([0.08, 0.06, 0.10]).view(1, 3, 1, 1)
     critter = image
     for part, fill in ((ear, trim), (feet, trim), (body, main)):
-        critter = paint(critter, part - .035, ink)  # an outline, then the fill
+        critter = paint(critter, part - 0.035, ink)  # an outline, then the fill
         critter = paint(critter, part, fill)
-    marks = torch.full_like(x, 9.)
-    stripes = (torch.sin(x * 9 + 1.57).abs() - .80) * .11  # five or six pixels from one to the next: a token has eight
-    dots = (((x * 3.1 + .5) % 1 - .5) ** 2 + ((y * 3.1 + .69) % 1 - .5) ** 2).sqrt() * .32 - .10
-    for k, m in ((1, -stripes), (2, dots), (3, _ellipse(x, y - .20, .24, .22))):
+    marks = torch.full_like(x, 9.0)
+    stripes = (
+        torch.sin(x * 9 + 1.57).abs() - 0.80
+    ) * 0.11  # five or six pixels from one to the next: a token has eight
+    dots = (
+        ((x * 3.1 + 0.5) % 1 - 0.5) ** 2 + ((y * 3.1 + 0.69) % 1 - 0.5) ** 2
+    ).sqrt() * 0.32 - 0.10
+    for k, m in ((1, -stripes), (2, dots), (3, _ellipse(x, y - 0.20, 0.24, 0.22))):
         marks[pattern == k] = m[pattern == k]
-    critter = paint(critter, torch.maximum(marks, body + .02), trim)
+    critter = paint(critter, torch.maximum(marks, body + 0.02), trim)
     critter = _face(critter, eyes, x, y, paint)
     critter = _accessory(critter, accessory, x, y, _look_up(_TOP_Y, shape).view(n, 1, 1), paint)
 
     # light: less of the cast on the critter than on the scene, and a shade on the side away from the lamp
     lamp = _look_up(_LIGHT_FROM, light)
     toward = (dx * lamp[:, 0].view(n, 1, 1) + dy * lamp[:, 1].view(n, 1, 1)).unsqueeze(1)
-    lit = critter * (.70 + .30 * _look_up(_CAST, light).view(n, 3, 1, 1)) * (1 + .30 * toward.clamp(-.6, .6))
-    whole = torch.stack([body, ear, feet]).amin(0) - .035
-    image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (lit - image)
+    lit = (
+        critter
+        * (0.70 + 0.30 * _look_up(_CAST, light).view(n, 3, 1, 1))
+        * (1 + 0.30 * toward.clamp(-0.6, 0.6))
+    )
+    whole = torch.stack([body, ear, feet]).amin(0) - 0.035
+    image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (
+        lit - image
+    )
     return F.avg_pool2d(image.clamp(0, 1), 2)
 
 
 def _background(scene, X, Y, paint):
     n = len(scene)
     sky, ground = _look_up(_SKY, scene).view(n, 3, 1, 1), _look_up(_GROUND, scene).view(n, 3, 1, 1)
-    image = sky * (1 + .10 * Y.unsqueeze(1))
-    away = torch.full_like(X, 9.)
+    image = sky * (1 + 0.10 * Y.unsqueeze(1))
+    away = torch.full_like(X, 9.0)
 
     def only(k, distance):
         return torch.where((scene == k).view(n, 1, 1), distance, away)
@@ -341,43 +434,65 @@ def _background(scene, X, Y, paint):
     def rgb(r, g, b):
         return torch.tensor([r, g, b]).view(1, 3, 1, 1)
 
-    image = paint(image, only(1, .10 - Y), rgb(.12, .42, .78))  # beach: the sea
-    image = paint(image, only(2, (torch.sin(X * 9 + 1)).abs() * .12 - .045), rgb(.30, .19, .10))  # forest: trunks
-    image = paint(image, only(3, Y + .95 - .40 * (torch.sin(X * 8) ** 2)), rgb(.42, .34, .31))  # cave: stalactites
-    image = paint(image, only(4, _circle(X - .62, Y + .62, .22)), rgb(1., .97, .72))  # desert: a big sun
-    tower = torch.maximum((torch.sin(X * 7.85)).abs() * -.13 + .04, -.55 + .35 * torch.cos((X * 2.5).round() * 2.2) - Y)
-    image = paint(image, only(5, tower), rgb(.40, .42, .52))  # city: towers with lit windows
-    window = torch.maximum(tower + .06, ((X * 5) % 1 - .5).abs().maximum(((Y * 5) % 1 - .5).abs()) * .2 - .045)
-    image = paint(image, only(5, window), rgb(1., .90, .45))
-    image = paint(image, only(7, _star(X, Y)), rgb(1., 1., .9))
-    hill = .42 + .06 * torch.sin(X * 4 + scene.view(n, 1, 1))
+    image = paint(image, only(1, 0.10 - Y), rgb(0.12, 0.42, 0.78))  # beach: the sea
+    image = paint(
+        image, only(2, (torch.sin(X * 9 + 1)).abs() * 0.12 - 0.045), rgb(0.30, 0.19, 0.10)
+    )  # forest: trunks
+    image = paint(
+        image, only(3, Y + 0.95 - 0.40 * (torch.sin(X * 8) ** 2)), rgb(0.42, 0.34, 0.31)
+    )  # cave: stalactites
+    image = paint(
+        image, only(4, _circle(X - 0.62, Y + 0.62, 0.22)), rgb(1.0, 0.97, 0.72)
+    )  # desert: a big sun
+    tower = torch.maximum(
+        (torch.sin(X * 7.85)).abs() * -0.13 + 0.04,
+        -0.55 + 0.35 * torch.cos((X * 2.5).round() * 2.2) - Y,
+    )
+    image = paint(image, only(5, tower), rgb(0.40, 0.42, 0.52))  # city: towers with lit windows
+    window = torch.maximum(
+        tower + 0.06, ((X * 5) % 1 - 0.5).abs().maximum(((Y * 5) % 1 - 0.5).abs()) * 0.2 - 0.045
+    )
+    image = paint(image, only(5, window), rgb(1.0, 0.90, 0.45))
+    image = paint(image, only(7, _star(X, Y)), rgb(1.0, 1.0, 0.9))
+    hill = 0.42 + 0.06 * torch.sin(X * 4 + scene.view(n, 1, 1))
     image = paint(image, hill - Y, ground)
-    speck = (((X * 3.1 + .3) % 1 - .5) ** 2 + ((Y * 3.1 + .2 * torch.sin(X * 9)) % 1 - .5) ** 2).sqrt() * .32
-    image = paint(image, only(0, speck - .05), rgb(1., 1., 1.))  # snow: flakes everywhere
-    flowers = torch.maximum(speck - .05, .50 - Y)
-    return paint(image, only(6, flowers), rgb(1., .85, .95))  # meadow: flowers
+    speck = (
+        ((X * 3.1 + 0.3) % 1 - 0.5) ** 2 + ((Y * 3.1 + 0.2 * torch.sin(X * 9)) % 1 - 0.5) ** 2
+    ).sqrt() * 0.32
+    image = paint(image, only(0, speck - 0.05), rgb(1.0, 1.0, 1.0))  # snow: flakes everywhere
+    flowers = torch.maximum(speck - 0.05, 0.50 - Y)
+    return paint(image, only(6, flowers), rgb(1.0, 0.85, 0.95))  # meadow: flowers
 
 
 def _star(X, Y):
-    u, v = (X * 2.3 + .37 * torch.sin(Y * 7).round()) % 1 - .5, (Y * 2.9) % 1 - .5
-    return (u.abs() + v.abs()) * .4 - .035
+    u, v = (X * 2.3 + 0.37 * torch.sin(Y * 7).round()) % 1 - 0.5, (Y * 2.9) % 1 - 0.5
+    return (u.abs() + v.abs()) * 0.4 - 0.035
 
 
 def _face(image, eyes, x, y, paint):
     n = len(eyes)
-    white, black = torch.tensor([.98, .98, .98]).view(1, 3, 1, 1), torch.tensor([.05, .04, .08]).view(1, 3, 1, 1)
-    to_eye = torch.stack([torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0)
-                          for places in _EYES])
-    d = to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[0]  # (N, S, S), to the nearest of its eyes
-    radius = torch.tensor([.20, .135, .115])[eyes].view(n, 1, 1)
-    image = paint(image, d - radius - .025, black)
+    white, black = (
+        torch.tensor([0.98, 0.98, 0.98]).view(1, 3, 1, 1),
+        torch.tensor([0.05, 0.04, 0.08]).view(1, 3, 1, 1),
+    )
+    to_eye = torch.stack(
+        [
+            torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0)
+            for places in _EYES
+        ]
+    )
+    d = to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[
+        0
+    ]  # (N, S, S), to the nearest of its eyes
+    radius = torch.tensor([0.20, 0.135, 0.115])[eyes].view(n, 1, 1)
+    image = paint(image, d - radius - 0.025, black)
     image = paint(image, d - radius, white)
-    return paint(image, d - radius * .52, black)
+    return paint(image, d - radius * 0.52, black)
 
 
 def _accessory(image, kind, x, y, top, paint):
     n = len(kind)
-    away = torch.full_like(x, 9.)
+    away = torch.full_like(x, 9.0)
 
     def only(k, distance):
         return torch.where((kind == k).view(n, 1, 1), distance, away)
@@ -386,15 +501,19 @@ def _accessory(image, kind, x, y, top, paint):
         return torch.tensor([r, g, b]).view(1, 3, 1, 1)
 
     v = y - top
-    hat = torch.minimum(_box(x, v + .14, .15, .17), _box(x, v - .02, .25, .045))
-    image = paint(image, only(1, hat), rgb(.10, .10, .12))
-    image = paint(image, only(1, _box(x, v + .04, .15, .04)), rgb(.95, .78, .20))
-    image = paint(image, only(2, _box(x - .56, y - .02, .018, .40)), rgb(.95, .95, .95))
-    image = paint(image, only(2, _ellipse(x - .56, y + .46, .19, .23) - .025), rgb(.08, .06, .10))
-    image = paint(image, only(2, _ellipse(x - .56, y + .46, .19, .23)), rgb(.92, .10, .12))
-    scarf = torch.minimum(_box(x, y - .13, .40, .06, .04), _box(x - .22, y - .28, .065, .15))
-    image = paint(image, only(3, scarf - .03), rgb(.08, .06, .10))
-    return paint(image, only(3, scarf), rgb(.96, .96, .92))
+    hat = torch.minimum(_box(x, v + 0.14, 0.15, 0.17), _box(x, v - 0.02, 0.25, 0.045))
+    image = paint(image, only(1, hat), rgb(0.10, 0.10, 0.12))
+    image = paint(image, only(1, _box(x, v + 0.04, 0.15, 0.04)), rgb(0.95, 0.78, 0.20))
+    image = paint(image, only(2, _box(x - 0.56, y - 0.02, 0.018, 0.40)), rgb(0.95, 0.95, 0.95))
+    image = paint(
+        image, only(2, _ellipse(x - 0.56, y + 0.46, 0.19, 0.23) - 0.025), rgb(0.08, 0.06, 0.10)
+    )
+    image = paint(image, only(2, _ellipse(x - 0.56, y + 0.46, 0.19, 0.23)), rgb(0.92, 0.10, 0.12))
+    scarf = torch.minimum(
+        _box(x, y - 0.13, 0.40, 0.06, 0.04), _box(x - 0.22, y - 0.28, 0.065, 0.15)
+    )
+    image = paint(image, only(3, scarf - 0.03), rgb(0.08, 0.06, 0.10))
+    return paint(image, only(3, scarf), rgb(0.96, 0.96, 0.92))
 
 
 # ---- sheets ----------------------------------------------------------------------------------------------------------
@@ -413,29 +532,46 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     odd = kind > 1 - SLIPS
     changed = change_attributes(identity, torch.randint(1, 3, (n,), generator=generator), generator)
     changed[:, :2] = identity[:, :2]  # shape and ears are in the prompt: they stay
-    odd &= is_held_out(identity_number(changed)) == held_out  # now and then that makes a held-out one: leave it
+    odd &= (
+        is_held_out(identity_number(changed)) == held_out
+    )  # now and then that makes a held-out one: leave it
     if p > 1:
         panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
         others = torch.randint(1, p, (n, 1), generator=generator)  # how many panels
         other = torch.rand(n, p, generator=generator).argsort(1) < others  # (n, p), which ones
         other &= (kind < UNRELATED)[:, None]
-        panels[other] = identity_of(draw_namesakes(number[:, None].expand(n, p)[other], generator, held_out))
+        panels[other] = identity_of(
+            draw_namesakes(number[:, None].expand(n, p)[other], generator, held_out)
+        )
     context = draw_contexts(n * p, generator).view(n, p, 3)
     pose = draw_poses(n * p, generator).view(n, p, 4)
     named = torch.randint(len(POSES), (n, p), generator=generator)
-    relight = (torch.rand(n, generator=generator) < .3) & (p > 1)
+    relight = (torch.rand(n, generator=generator) < 0.3) & (p > 1)
     context[relight, :, :2] = context[relight, :1, :2]
     pose[relight], named[relight] = pose[relight, :1], named[relight, :1]
     lights = torch.rand(n, 4, generator=generator).argsort(1)[:, :p]
     context[relight, :, 2] = lights[relight]
     stand = in_pose(pose.flatten(0, 1), named.flatten())
-    images = render(*(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size)
-    images = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    images = render(
+        *(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size
+    )
+    images = (
+        images.view(n, rows, columns, 3, size, size)
+        .permute(0, 3, 1, 4, 2, 5)
+        .flatten(4, 5)
+        .flatten(2, 3)
+    )
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()
     if p == 1:
         detailed = (draw[:, 0] < DETAILED).tolist()
-        captions = [panel_caption(identity[i], context[i, 0], detailed[i], named[i][0]) for i in range(n)]
+        captions = [
+            panel_caption(identity[i], context[i, 0], detailed[i], named[i][0]) for i in range(n)
+        ]
     else:
-        captions = [sheet_caption(identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < .3), named[i])
-                    for i in range(n)]
+        captions = [
+            sheet_caption(
+                identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < 0.3), named[i]
+            )
+            for i in range(n)
+        ]
     return images, captions

@@ -34,14 +34,26 @@ from PIL import Image  # noqa: E402
 import curate  # noqa: E402
 import world  # noqa: E402
 
-PartialState(cpu=not torch.cuda.is_available())  # as the scripts choose it: a CUDA GPU, else the CPU
+PartialState(
+    cpu=not torch.cuda.is_available()
+)  # as the scripts choose it: a CUDA GPU, else the CPU
 _folder = tempfile.TemporaryDirectory(prefix="lesson_")
 atexit.register(_folder.cleanup)
 os.chdir(_folder.name)
 
-pyplot.rcParams.update({"font.size": 14, "figure.dpi": 75, "axes.titlesize": 15, "image.interpolation": "nearest"})
+pyplot.rcParams.update(
+    {"font.size": 14, "figure.dpi": 75, "axes.titlesize": 15, "image.interpolation": "nearest"}
+)
 FLUX, VLM, ADAPTER = (ROOT / "miniature" / name for name in ("flux", "vlm", "adapter"))
-PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for a critter
+PARTS = [
+    "shape",
+    "ears",
+    "colour",
+    "tone",
+    "trim",
+    "pattern",
+    "eyes",
+]  # the VLM's words for a critter
 
 
 # ---- a lesson's first cell, and its checks ---------------------------------------------------------------------------
@@ -50,12 +62,16 @@ def start(minutes):
     device = PartialState().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     loaded = str(dsd.weight_dtype()).removeprefix("torch.")
-    print(f"device: {name}; models are loaded in {loaded}; the cells take about {minutes} min on two CPU cores")
+    print(
+        f"device: {name}; models are loaded in {loaded}; the cells take about {minutes} min on two CPU cores"
+    )
 
 
 def answered(*answers):
     """Stop a check whose exercise still holds the dots of the blank."""
-    assert not any(answer is ... for answer in answers), "your turn: replace the dots in the exercise above"
+    assert not any(answer is ... for answer in answers), (
+        "your turn: replace the dots in the exercise above"
+    )
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------
@@ -67,7 +83,9 @@ def command_line(line):
     try:
         yield importlib.import_module(name.removesuffix(".py"))
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # a script that was interrupted lets go of its output folder
+        traceback.clear_frames(
+            error.__traceback__
+        )  # a script that was interrupted lets go of its output folder
         raise
     finally:
         sys.argv = before
@@ -88,7 +106,9 @@ def options(line):
 def transcripts(folder="runs/pairs"):
     """The transcripts that curate.py wrote, one record for each pair that it asked about."""
     files = sorted(Path(folder, "transcripts").glob("*.json"))
-    return [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))["pairs"]]
+    return [
+        record for file in files for record in json.loads(file.read_text(encoding="utf-8"))["pairs"]
+    ]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -96,7 +116,9 @@ def picture(image, place=None):
     """Show a picture or a picture file, reduced to 256 colours to stay small. It replaces what is shown at `place`."""
     image = image if isinstance(image, Image.Image) else Image.open(image)
     png = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        png, format="png", optimize=True
+    )
     place.update(Png(png.getvalue())) if place else display(Png(png.getvalue()))
 
 
@@ -115,6 +137,7 @@ def place():
 
 def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, place=None):
     """Show rows of images: `columns` are the titles above, `labels` stand left of the rows, `captions` below images."""
+
     def lines(texts):
         return max((str(text).count("\n") + 1 for text in texts), default=0)
 
@@ -123,7 +146,9 @@ def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, plac
     width = m * (side * rows[0][0].width / rows[0][0].height + 0.05) + 0.14 * longest
     below = sum(0.05 + 0.21 * lines(row) for row in captions or [])
     height = n * (side + 0.05) + below + 0.25 * lines(columns) + 0.35 * bool(title)
-    figure, axes = pyplot.subplots(n, m, figsize=(width, height), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        n, m, figsize=(width, height), squeeze=False, layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -143,13 +168,21 @@ def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, plac
 
 def to_images(pixels):
     """(N, 3, H, W) in [0, 1] -> N images."""
-    raw = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+    raw = (
+        (pixels.detach().float().cpu().clamp(0, 1) * 255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .contiguous()
+    )
     return [Image.fromarray(one.numpy()) for one in raw]
 
 
 def decode(pipe, tokens, h, w):
     """Packed latents (B, N, 64) of h x w latent pixels -> B images."""
-    latents = dsd.unpack(tokens, h, w) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    latents = (
+        dsd.unpack(tokens, h, w) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    )
     with torch.no_grad():
         return to_images(pipe.vae.decode(latents.to(pipe.vae.dtype)).sample / 2 + 0.5)
 
@@ -159,10 +192,14 @@ def critter(number, scene="in the meadow", accessory="", light="at noon", pose="
     """The rendered picture of identity `number`, and its attributes (7,). No pose: it stands."""
     context = []
     for values, word in zip(world.CONTEXT.values(), (scene, accessory, light)):
-        assert word in values, f"no {word!r} in this world; choose one of {', '.join(filter(None, values))}"
+        assert word in values, (
+            f"no {word!r} in this world; choose one of {', '.join(filter(None, values))}"
+        )
         context.append(values.index(word))
     identity = world.identity_of([number])
-    stand = world.in_pose(torch.tensor([[0., .16, 1.16, 0.]]), torch.tensor([list(world.POSES).index(pose)]))
+    stand = world.in_pose(
+        torch.tensor([[0.0, 0.16, 1.16, 0.0]]), torch.tensor([list(world.POSES).index(pose)])
+    )
     pixels = world.render(identity, torch.tensor([context]), stand)
     return to_images(pixels)[0], identity[0]
 
@@ -191,7 +228,9 @@ def attention_maps():
     fused, maps = transformer_flux.dispatch_attention_fn, []
 
     def recording(query, key, value, attn_mask=None, **rest):  # query, key (B, L, heads, D)
-        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) / query.shape[-1] ** 0.5
+        scores = (
+            torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) / query.shape[-1] ** 0.5
+        )
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)
         maps.append(scores.softmax(-1).mean(1).detach().cpu())
@@ -210,11 +249,19 @@ def heat(axis, image, weights, looking=None, top=None):
     top: the weight that is shown in full red (default: the largest of this map)."""
     weights, top = weights.float().cpu(), float(top or weights.max())
     axis.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=300)
-    shade = axis.imshow(weights, cmap="autumn_r", vmin=0, vmax=top, alpha=(0.9 * weights / top).clamp(0, 1),
-                        extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5))
+    shade = axis.imshow(
+        weights,
+        cmap="autumn_r",
+        vmin=0,
+        vmax=top,
+        alpha=(0.9 * weights / top).clamp(0, 1),
+        extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5),
+    )
     if looking is not None:
         unit, (row, column) = image.width / weights.shape[1], looking
         corner = column * unit - 0.5, row * unit - 0.5
         axis.add_patch(pyplot.Rectangle(corner, unit, unit, fill=False, color="blue", lw=4))
     axis.set(xticks=[], yticks=[])
-    pyplot.gcf().colorbar(pyplot.cm.ScalarMappable(shade.norm, shade.cmap), ax=axis, shrink=0.7, label="attention")
+    pyplot.gcf().colorbar(
+        pyplot.cm.ScalarMappable(shade.norm, shade.cmap), ax=axis, shrink=0.7, label="attention"
+    )

@@ -33,8 +33,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).resolve().parent
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-          "language_info": {"name": "python"}}
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 CODE_BLANK = re.compile(r"^( *)# solution\n(.*?)^ *# end$", re.MULTILINE | re.DOTALL)
 TEXT_BLANK = re.compile(r"<!-- solution -->\n.*?<!-- end -->", re.DOTALL)
 SHOWN = re.compile(r"^ *# blank: (.*)\n", re.MULTILINE)  # what the student finds in a blank
@@ -49,13 +51,19 @@ def lessons(numbers=()):
 
 def blank(source):
     """A code cell with its solutions taken out."""
+
     def empty(found):
-        indent, shown, lines = found[1], SHOWN.findall(found[2]), found[2].strip("\n").count("\n") + 1
+        indent, shown, lines = (
+            found[1],
+            SHOWN.findall(found[2]),
+            found[2].strip("\n").count("\n") + 1,
+        )
         if not shown and not indent:
             raise ValueError(f"a blank outside of a function needs `# blank: ` lines: {found[2]}")
         size = "1 line" if lines == 1 else f"{lines} lines"
         shown = shown or [f'raise NotImplementedError("your turn")  # {size} in the solution']
         return "\n".join(indent + line for line in shown)
+
     return CODE_BLANK.sub(empty, source)
 
 
@@ -99,8 +107,13 @@ def execute(notebook, **environment):
 
     Returns how many answers were tried, and the seconds of processor time that all of it took."""
     environment = os.environ | {"TQDM_DISABLE": "1"} | environment
-    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
-                            resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(HERE)}},
+    )
     exercise, others, tried = None, [], 0
     with client.setup_kernel(env=environment):
         for i, cell in enumerate(notebook.cells):
@@ -117,7 +130,10 @@ def execute(notebook, **environment):
                 exercise, tried = None, tried + len(others) + 2
             notebook.cells[i] = cell
         clock = nbformat.v4.new_code_cell("import time; print(time.process_time())")
-        last, seconds = notebook.cells[-1], client.execute_cell(clock, len(notebook.cells) - 1).outputs[0].text
+        last, seconds = (
+            notebook.cells[-1],
+            client.execute_cell(clock, len(notebook.cells) - 1).outputs[0].text,
+        )
         notebook.cells[-1] = last
     return tried, float(seconds)
 
@@ -141,11 +157,15 @@ def expect(client, i, source, words, what):
     """Run some code: without `words` it must pass, else it must fail with a message that contains them."""
     error = run(client, i, source)
     if words is None and error:
-        raise ValueError(f"cell {i}: {what} should pass, but stopped with {error.ename}: {error.evalue}")
+        raise ValueError(
+            f"cell {i}: {what} should pass, but stopped with {error.ename}: {error.evalue}"
+        )
     if words is not None and not error:
         raise ValueError(f"cell {i}: {what} passes the check")
     if words is not None and words not in error.evalue:
-        raise ValueError(f"cell {i}: {what} fails with {error.ename}: {error.evalue!r}, which does not say {words!r}")
+        raise ValueError(
+            f"cell {i}: {what} fails with {error.ename}: {error.evalue!r}, which does not say {words!r}"
+        )
 
 
 def run(client, i, source):
@@ -158,16 +178,22 @@ def run(client, i, source):
 
 def keep_picture(notebook, path):
     """The first picture of the cell marked `# picture`."""
-    cell, = [c for c in notebook.cells if c.cell_type == "code" and c.source.startswith("# picture")]
+    (cell,) = [
+        c for c in notebook.cells if c.cell_type == "code" and c.source.startswith("# picture")
+    ]
     png = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(base64.b64decode(png))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("lessons", nargs="*", type=int, help="numbers of lessons (default: all)")
-    parser.add_argument("--derive", action="store_true", help="run nothing, only derive the student notebooks")
+    parser.add_argument(
+        "--derive", action="store_true", help="run nothing, only derive the student notebooks"
+    )
     args = parser.parse_args()
     for file in lessons(args.lessons):
         notebook, begun = nbformat.read(file, 4), time.time()
@@ -177,8 +203,14 @@ def main():
             keep_picture(notebook, HERE / "pictures" / f"{file.stem}.png")
             nbformat.write(notebook, file)
         nbformat.write(student(notebook), HERE / file.name)
-        done = "derived" if args.derive else (f"{time.time() - begun:.0f} s, {seconds:.0f} s of processor time, "
-                                              f"{tried} answers tried")
+        done = (
+            "derived"
+            if args.derive
+            else (
+                f"{time.time() - begun:.0f} s, {seconds:.0f} s of processor time, "
+                f"{tried} answers tried"
+            )
+        )
         print(f"{file.stem}: {done}, {file.stat().st_size / 1e6:.2f} MB")
 
 

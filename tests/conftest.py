@@ -28,7 +28,9 @@ TIMEOUT = 1800  # seconds; no measure of speed: it only ends what hangs
 
 def pytest_terminal_summary(terminalreporter):
     if COUNTS:
-        terminalreporter.write_line("tried: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items())))
+        terminalreporter.write_line(
+            "tried: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items()))
+        )
 
 
 # ---- models and data -------------------------------------------------------------------------------------------------
@@ -52,8 +54,16 @@ def random_transformer(seed=0, guidance_embeds=False, heads=2):
     """A transformer of random weights that fits the miniature's text encoders; 64 channels, not widened."""
     torch.manual_seed(seed)
     return FluxTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=heads,
-        joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=guidance_embeds, axes_dims_rope=(8, 12, 12))
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(8, 12, 12),
+    )
 
 
 def random_inputs(batch=2, h=4, w=8, seed=1):
@@ -80,13 +90,17 @@ def give_random_weights(transformer, scale=0.05, seed=3):
 
 
 def noise_image(width, height, seed=0):
-    raw = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    raw = torch.randint(
+        256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return Image.fromarray(raw.numpy())
 
 
-def critter(identity, context, pose=(0., .16, 1.16, 0.)):
+def critter(identity, context, pose=(0.0, 0.16, 1.16, 0.0)):
     """One rendered panel as an image: identity is a number, context three numbers."""
-    pixels = world.render(world.identity_of([identity]), torch.tensor([context]), torch.tensor([pose]), 32)
+    pixels = world.render(
+        world.identity_of([identity]), torch.tensor([context]), torch.tensor([pose]), 32
+    )
     return dsd.to_images(pixels)[0]
 
 
@@ -99,10 +113,21 @@ def pairs(tmp_path_factory):
         contexts = {0: (grid, 0, 0), 1: (7 - grid, 2, 3)}
         for panel, context in contexts.items():
             critter(1234 + grid, context).save(folder / curate.panel_file(grid, panel))
-        identity, = world.identity_of([1234 + grid])
-        captions = {str(panel): world.panel_caption(identity, context) for panel, context in contexts.items()}
-        records.append({"grid": grid, "panels": [0, 1], "subject": "critter", "family": "subject", "verdict": "yes",
-                        "captions": captions})
+        (identity,) = world.identity_of([1234 + grid])
+        captions = {
+            str(panel): world.panel_caption(identity, context)
+            for panel, context in contexts.items()
+        }
+        records.append(
+            {
+                "grid": grid,
+                "panels": [0, 1],
+                "subject": "critter",
+                "family": "subject",
+                "verdict": "yes",
+                "captions": captions,
+            }
+        )
     dsd.write_json(folder / "metadata.jsonl", curate.training_pairs(records))
     return folder
 
@@ -110,8 +135,13 @@ def pairs(tmp_path_factory):
 # ---- running the scripts ---------------------------------------------------------------------------------------------
 def run_script(script, *args, cwd, code=0):
     """A script in a process of its own; its exit code must be `code`. Returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, timeout=TIMEOUT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
 
@@ -119,6 +149,7 @@ def run_script(script, *args, cwd, code=0):
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(module or its main, *args): run it in this process, which saves seconds -> (exit code, out, err)."""
+
     def call(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -130,6 +161,7 @@ def call(monkeypatch, capsys):
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
+
     return call
 
 
@@ -147,17 +179,50 @@ def commands(flux, vlm, pairs, reference):
     return {
         "generate_grids": ["--model", flux, "--count", 6, "--steps", 4, "--batch_size", 2],
         "curate": ["--vlm", vlm, "--tolerance", 9, "--batch_size", 12],
-        "finetune": ["--model", flux, "--pairs", pairs, "--steps", 6, "--rank", 4, "--batch_size", 2, "--save_every", 4,
-                     "--validate_every", 3, "--precision", "no"],
-        "sample": ["--model", flux, "--image", reference, "--steps", 3, "--batch_size", 2, "--seed", 0, 1, "--prompt",
-                   "a {name} in space at noon", "a critter in a cave"]}
+        "finetune": [
+            "--model",
+            flux,
+            "--pairs",
+            pairs,
+            "--steps",
+            6,
+            "--rank",
+            4,
+            "--batch_size",
+            2,
+            "--save_every",
+            4,
+            "--validate_every",
+            3,
+            "--precision",
+            "no",
+        ],
+        "sample": [
+            "--model",
+            flux,
+            "--image",
+            reference,
+            "--steps",
+            3,
+            "--batch_size",
+            2,
+            "--seed",
+            0,
+            1,
+            "--prompt",
+            "a {name} in space at noon",
+            "a critter in a cave",
+        ],
+    }
 
 
 @pytest.fixture(scope="session")
 def chain(commands, tmp_path_factory):
     """A folder in which the four steps have run, and what they printed: (folder, {script: (stdout, stderr)})."""
     folder = tmp_path_factory.mktemp("chain")
-    return folder, {script: run_script(f"{script}.py", *args, cwd=folder) for script, args in commands.items()}
+    return folder, {
+        script: run_script(f"{script}.py", *args, cwd=folder) for script, args in commands.items()
+    }
 
 
 def pictures(folder):
@@ -167,11 +232,18 @@ def pictures(folder):
 
 def written(folder):
     """What scripts wrote below a folder: {name: bytes}, without the locks; of measured times only that they exist."""
+
     def content(path):
         if path.name == "training_state.pt":  # the same objects have more than one pickle
-            return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), torch.load(path))
+            return torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda t: t.numpy().tobytes(), torch.load(path)
+            )
         if path.name == "table.md":  # of evaluate.py: it names the command, and so the folder
             return None
         return re.sub(rb'"seconds": ([^[,]+|\[[^]]*\])', b"", path.read_bytes())
-    return {path.relative_to(folder).as_posix(): content(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != ".lock"}
+
+    return {
+        path.relative_to(folder).as_posix(): content(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

@@ -12,15 +12,21 @@ from conftest import dsd  # which lets Python find the scripts
 
 from accelerate import PartialState
 
-BATCHES = {"generate_grids": "draw_grids", "curate": "curate_batch", "finetune": "draw_batch",
-           "sample": "draw_pictures"}
+BATCHES = {
+    "generate_grids": "draw_grids",
+    "curate": "curate_batch",
+    "finetune": "draw_batch",
+    "sample": "draw_pictures",
+}
 task, counts = json.loads(sys.argv[1]), collections.Counter()
 for script, *args in task["commands"]:
     module = importlib.import_module(script)
     if script in BATCHES:
+
         def counted(*args, script=script, real=getattr(module, BATCHES[script])):
             counts[script] += 1
             return real(*args)
+
         setattr(module, BATCHES[script], counted)
     if PartialState._shared_state:  # the main process of the step before writes last
         PartialState().wait_for_everyone()

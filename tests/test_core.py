@@ -19,7 +19,7 @@ def random(*shape, seed=0):
 
 # ---- flow, tokens, guidance ------------------------------------------------------------------------------------------
 def test_x_sigma_and_v_lead_to_the_noise_and_to_the_picture():
-    x_0, eps, sigma = random(3, 5, 64), random(3, 5, 64, seed=1), torch.tensor([.2, .5, .9])
+    x_0, eps, sigma = random(3, 5, 64), random(3, 5, 64, seed=1), torch.tensor([0.2, 0.5, 0.9])
     x_sigma, v, s = dsd.interpolate(x_0, eps, sigma), dsd.velocity(x_0, eps), sigma.view(3, 1, 1)
     torch.testing.assert_close(x_sigma + (1 - s) * v, eps)
     torch.testing.assert_close(x_sigma - s * v, x_0)
@@ -28,14 +28,21 @@ def test_x_sigma_and_v_lead_to_the_noise_and_to_the_picture():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sampled_sigmas_are_the_schedulers_own_levels(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=torch.rand(1000, generator=torch.Generator().manual_seed(5)).tolist())
+    scheduler.set_timesteps(
+        sigmas=torch.rand(1000, generator=torch.Generator().manual_seed(5)).tolist()
+    )
     sigmas = dsd.sample_sigmas(1000, shift, torch.Generator().manual_seed(5))
     torch.testing.assert_close(sigmas, scheduler.sigmas[:-1])  # the last one is the appended zero
 
 
-@pytest.mark.parametrize("weights, wanted", [([], 2.5), ([(1, 0)], 1), ([(0, 1)], 4), ([(1, 3)], 3.25)])
+@pytest.mark.parametrize(
+    "weights, wanted", [([], 2.5), ([(1, 0)], 1), ([(0, 1)], 4), ([(1, 3)], 3.25)]
+)
 def test_the_loss_weighs_the_two_frames_and_is_else_the_mean_squared_error(weights, wanted):
-    v, error = random(2, 16, 64), torch.ones(2, 2, 8, 64)  # tokens as rows and columns of a canvas of 4 x 16
+    v, error = (
+        random(2, 16, 64),
+        torch.ones(2, 2, 8, 64),
+    )  # tokens as rows and columns of a canvas of 4 x 16
     error[:, :, 4:] = -2  # the left frame is off by 1, the right one by 2
     losses = dsd.two_frame_loss(v + error.view(2, 16, 64), v, 4, 16, *weights)
     assert [round(x.item(), 4) for x in losses] == [wanted, 1, 4]
@@ -48,21 +55,50 @@ def test_tokens_and_position_ids_are_diffusers_own_and_those_of_a_canvas_are_spl
     assert torch.equal(latents, torch.cat([left, right], 3))
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
     assert torch.equal(dsd.unpack(tokens, 6, 8), latents)
-    assert torch.equal(dsd.position_ids(6, 16), FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32))
+    assert torch.equal(
+        dsd.position_ids(6, 16),
+        FluxPipeline._prepare_latent_image_ids(1, 3, 8, "cpu", torch.float32),
+    )
     assert all(map(torch.equal, dsd.split_frames(tokens, 6, 8), (dsd.pack(left), dsd.pack(right))))
 
 
-@pytest.mark.parametrize("s_i, s_t, passes", [
-    (1, 1, 1), (0, 0, 1), (1, 0, 1), (1, 3, 2), (0, 1, 3), (2, 2, 2), (2, 0, 2), (1.5, 2.5, 3), (2, 1, 3),
-    (.5, .25, 3)])
+@pytest.mark.parametrize(
+    "s_i, s_t, passes",
+    [
+        (1, 1, 1),
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 3, 2),
+        (0, 1, 3),
+        (2, 2, 2),
+        (2, 0, 2),
+        (1.5, 2.5, 3),
+        (2, 1, 3),
+        (0.5, 0.25, 3),
+    ],
+)
 def test_guided_velocity_is_the_formula_and_runs_only_the_passes_it_needs(s_i, s_t, passes):
     """The row (1, 3) is text guidance without image guidance, which the released pipeline ignores."""
+
     def model(x, condition, text):  # stands in for the transformer: an odd function of its inputs
         rows.append(len(x))
-        return torch.sin(x + 2 * condition) + text[0].mean((1, 2)).view(-1, 1, 1) * x + text[1].mean(1).view(-1, 1, 1)
-    rows, text, null = [], (random(2, 7, 8), random(2, 4, seed=1)), (random(2, 7, 8, seed=2), random(2, 4, seed=3))
+        return (
+            torch.sin(x + 2 * condition)
+            + text[0].mean((1, 2)).view(-1, 1, 1) * x
+            + text[1].mean(1).view(-1, 1, 1)
+        )
+
+    rows, text, null = (
+        [],
+        (random(2, 7, 8), random(2, 4, seed=1)),
+        (random(2, 7, 8, seed=2), random(2, 4, seed=3)),
+    )
     x, condition = random(2, 5, 64, seed=4), random(2, 5, 64, seed=5)
-    v_00, v_i0, v_it = model(x, 0 * condition, null), model(x, condition, null), model(x, condition, text)
+    v_00, v_i0, v_it = (
+        model(x, 0 * condition, null),
+        model(x, condition, null),
+        model(x, condition, text),
+    )
     rows.clear()
     v = dsd.guided_velocity(model, x, condition, text, null, s_i, s_t)
     torch.testing.assert_close(v, v_00 + s_i * (v_i0 - v_00) + s_t * (v_it - v_i0))
@@ -80,14 +116,25 @@ def test_pixels_run_from_minus_one_to_one_and_keep_their_place():
     image = Image.new("RGB", (3, 2), "black")
     image.putpixel((2, 0), (255, 0, 255))
     pixels = dsd.to_pixels([image, image])
-    assert pixels.shape == (2, 3, 2, 3) and pixels[0, :, 0, 2].tolist() == [1, -1, 1] and pixels[1].sum() == -14
+    assert (
+        pixels.shape == (2, 3, 2, 3)
+        and pixels[0, :, 0, 2].tolist() == [1, -1, 1]
+        and pixels[1].sum() == -14
+    )
     assert pixels.is_contiguous()  # a VAE's error is 1,000 times larger on channels-last tensors
-    assert dsd.to_images(pixels / 2 + .5) == [image, image]
+    assert dsd.to_images(pixels / 2 + 0.5) == [image, image]
 
 
-@pytest.mark.parametrize("fit, wanted", [("crop", ImageOps.fit(noise_image(40, 30), (18, 18), Image.BICUBIC)),
-                                         ("pad", ImageOps.pad(noise_image(40, 30), (18, 18), Image.BICUBIC, "white"))])
-def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white_as_the_authors_do(fit, wanted):
+@pytest.mark.parametrize(
+    "fit, wanted",
+    [
+        ("crop", ImageOps.fit(noise_image(40, 30), (18, 18), Image.BICUBIC)),
+        ("pad", ImageOps.pad(noise_image(40, 30), (18, 18), Image.BICUBIC, "white")),
+    ],
+)
+def test_other_proportions_are_cropped_at_the_centre_or_padded_with_white_as_the_authors_do(
+    fit, wanted
+):
     assert dsd.fit_image(noise_image(40, 30), 18, 18, fit) == wanted
 
 
@@ -95,7 +142,11 @@ def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tm
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")
     narrow, heights = Image.new("RGB", (1, 90), "white"), []
     for caption in ("short", "a caption long enough for several lines of text"):
-        dsd.contact_sheet([[(red, caption), (blue, "short")], [(red, ""), (narrow, "")]], tmp_path / "a.png", side=64)
+        dsd.contact_sheet(
+            [[(red, caption), (blue, "short")], [(red, ""), (narrow, "")]],
+            tmp_path / "a.png",
+            side=64,
+        )
         sheet = Image.open(tmp_path / "a.png")
         heights.append(sheet.height)
         counts = {colour: n for n, colour in sheet.getcolors(10_000)}
@@ -105,10 +156,19 @@ def test_a_contact_sheet_holds_every_picture_and_no_line_of_a_caption_is_lost(tm
 
 
 # ---- options, errors, files ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags, folder, more, rank", [
-    ([], {}, {}, 2), ([], {"finetune": {"rank": 8}}, {}, 8), ([], {"sample": {"rank": 8}}, {}, 2),
-    ([], {"finetune": {"rank": "8"}}, {"rank": 4}, 4), (["--rank", "3"], {"finetune": {"rank": 8}}, {"rank": 4}, 3)])
-def test_flags_go_before_the_models_folder_and_that_before_defaults(flags, folder, more, rank, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "flags, folder, more, rank",
+    [
+        ([], {}, {}, 2),
+        ([], {"finetune": {"rank": 8}}, {}, 8),
+        ([], {"sample": {"rank": 8}}, {}, 2),
+        ([], {"finetune": {"rank": "8"}}, {"rank": 4}, 4),
+        (["--rank", "3"], {"finetune": {"rank": 8}}, {"rank": 4}, 3),
+    ],
+)
+def test_flags_go_before_the_models_folder_and_that_before_defaults(
+    flags, folder, more, rank, monkeypatch, tmp_path
+):
     dsd.write_json(tmp_path / "dsd.json", folder)
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     parser = dsd.Parser("", "out")
@@ -117,16 +177,30 @@ def test_flags_go_before_the_models_folder_and_that_before_defaults(flags, folde
     assert parser.parse("finetune", **more).rank == rank
 
 
-@pytest.mark.parametrize("error, code, said", [
-    (dsd.DsdError("no adapter;\ntrain one"), 2, "\nerror: no adapter; train one\n"),
-    (PermissionError(13, "Permission denied", "a.png"), 2, "\nerror: a.png: Permission denied\n"),
-    *((kind, 2, f"\nerror: out of memory; take a smaller --batch_size or picture ({kind})\n") for kind in (
-        MemoryError("9 GB"), torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"))),
-    (KeyboardInterrupt(), "\nstopped; the same command goes on from here", "")])
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (dsd.DsdError("no adapter;\ntrain one"), 2, "\nerror: no adapter; train one\n"),
+        (
+            PermissionError(13, "Permission denied", "a.png"),
+            2,
+            "\nerror: a.png: Permission denied\n",
+        ),
+        *(
+            (kind, 2, f"\nerror: out of memory; take a smaller --batch_size or picture ({kind})\n")
+            for kind in (
+                MemoryError("9 GB"),
+                torch.OutOfMemoryError("CUDA out of memory"),
+                RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            )
+        ),
+        (KeyboardInterrupt(), "\nstopped; the same command goes on from here", ""),
+    ],
+)
 def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, said, capsys):
     def main():
         raise error
+
     with pytest.raises(SystemExit) as stop:
         dsd.run_main(main)
     assert stop.value.code == code and capsys.readouterr().err == said
@@ -134,22 +208,36 @@ def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, sai
 
 def test_records_come_back_as_they_were_written_and_a_line_that_is_none_is_named(tmp_path):
     file = tmp_path / "some" / "records.jsonl"
-    records = [{"a": 1, "text": "zwölf\u2028Boxkämpfer\nund \"mehr\""}, {"text": "", "b": [1, 2.5, None]}]
+    records = [
+        {"a": 1, "text": 'zwölf\u2028Boxkämpfer\nund "mehr"'},
+        {"text": "", "b": [1, 2.5, None]},
+    ]
     dsd.write_json(file, records)
     assert dsd.read_records(file, "text") == records and file.read_bytes().count(b"\n") == 2
-    for garbage in (b"not json\n", b"\xff\xfe\x00\n", b"\n", b"[1]\n", b'{"text": 7}\n', b'{"text": "a'):
+    for garbage in (
+        b"not json\n",
+        b"\xff\xfe\x00\n",
+        b"\n",
+        b"[1]\n",
+        b'{"text": 7}\n',
+        b'{"text": "a',
+    ):
         file.write_bytes(b'{"text": "a"}\n' + garbage)
         with pytest.raises(dsd.DsdError, match="^[^\n]*records.jsonl, line 2: [^\n]*$"):
             dsd.read_records(file, "text")
 
 
-@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left"), dsd.DsdError), (ValueError(), ValueError)])
+@pytest.mark.parametrize(
+    "error, raised", [(OSError(28, "No space left"), dsd.DsdError), (ValueError(), ValueError)]
+)
 def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
     dsd.write_json(tmp_path / "file.json", {"old": 1})
     with pytest.raises(raised), dsd.writing(tmp_path / "file.json") as part:
         part.write_text("half")
         raise error
-    assert dsd.read_json(tmp_path / "file.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+    assert (
+        dsd.read_json(tmp_path / "file.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
@@ -157,6 +245,7 @@ def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
         args = argparse.Namespace(out=tmp_path, device="cpu", steps=steps, count=count)
         dsd.open_out(args, "sample", changeable=["count"], image="a")
         args.lock.release()
+
     begin(steps=2)
     begin(steps=3)
     dsd.write_json(tmp_path / "result.json", {})
@@ -168,7 +257,9 @@ def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
 def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatch):
     inside = dsd.MINIATURE / "flux"
     (tmp_path / "model").mkdir()
-    for folder, names in ((tmp_path, {inside: "miniature/flux", "owner/model": "owner/model", "model": "model"}),
-                          (dsd.MINIATURE, {"flux": "miniature/flux", "owner/model": "owner/model"})):
+    for folder, names in (
+        (tmp_path, {inside: "miniature/flux", "owner/model": "owner/model", "model": "model"}),
+        (dsd.MINIATURE, {"flux": "miniature/flux", "owner/model": "owner/model"}),
+    ):
         monkeypatch.chdir(folder)
         assert {given: dsd.name_of(given) for given in names} == names

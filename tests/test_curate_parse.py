@@ -13,20 +13,20 @@ FOX = ["subject: fox", "image 1: red", "image 2: red", "compare: same", "verdict
 YES = {  # who writes so: an answer of this form
     "our question": "subject: fox\nimage 1: red\nimage 2: red\ncompare: fur same, eyes same\nverdict: yes",
     "LLaVA-NeXT": "Subject: A fox.\n\nImage 1: It sits on a beach. It has white paws.\n\nImage 2: The fox is in snow."
-                  "\nIts paws are white.\n\nCompare: Ears and paws are the same.\n\nVerdict: Yes.",
+    "\nIts paws are white.\n\nCompare: Ears and paws are the same.\n\nVerdict: Yes.",
     "Qwen2.5-VL": "**Subject:** Teapot\n\n**Image 1:** Green, a chipped lid.\n**Image 2:** Green, a chipped lid.\n\n"
-                  "**Compare:**\n- Body: Same\n- Lid: Same\n\n**Verdict:** Yes",
+    "**Compare:**\n- Body: Same\n- Lid: Same\n\n**Verdict:** Yes",
     "Qwen3-VL": "`subject`: owl\n`image 1`: brown\n`image 2`: brown\n`compare`: same eyes\n`verdict`: yes",
     "InternVL, headings": "### Subject\nA toy car\n\n### Image 1\nA yellow car\n\n### Image 2\nA yellow car\n\n"
-                          "### Compare\nWheels: same\nRoof: same\n\n### Verdict\nYes",
+    "### Compare\nWheels: same\nRoof: same\n\n### Verdict\nYes",
     "Gemma 3": "Okay, let's look at both images.\n\n*   **subject:** A lantern\n*   **image 1:** Brass\n"
-               "*   **image 2:** Brass\n*   **compare:**\n    *   **Handle:** Same\n    *   **Glass:** Same\n\n"
-               "*   **verdict:** yes",
+    "*   **image 2:** Brass\n*   **compare:**\n    *   **Handle:** Same\n    *   **Glass:** Same\n\n"
+    "*   **verdict:** yes",
     "Idefics": "Subject: fox. Image 1: red fox. Image 2: red fox. Compare: fur same, tail same. Verdict: yes.",
     "SmolVLM": "subject: fox, image 1: red, image 2: red, compare: same, verdict: yes\n\nI hope this helps.",
     "DeepSeek-VL": "Subject: owl\nImage 1 (left): grey\nImage 2 (right): grey\nCompare: ears, eyes: same\nVerdict: yes",
     "Llama 3.2 Vision": "**Subject**: turtle\n**Image 1** (left): old\n**Image 2** (right): old\n"
-                        "**Compare**: shell: same\n**Verdict: Yes**",
+    "**Compare**: shell: same\n**Verdict: Yes**",
     "Molmo": "subject: fox\nimage 1: red\nimage 2: red\ncompare: same\nverdict: Yes, no differences were found.",
     "GPT, a code fence": "```text\nsubject: fox\nimage 1: red\nimage 2: red\ncompare: same, same\nverdict: yes\n```",
     "Claude": "> **Subject:** fox\n> **Image 1:** red\n> **Image 2:** red\n> **Compare:** same\n> **Verdict:** yes",
@@ -34,47 +34,76 @@ YES = {  # who writes so: an answer of this form
 }
 NO = {
     "LLaVA": "Subject: The subject is a robot.\nImage 1: The robot is blue.\nImage 2: The robot is green.\n"
-             "Compare: The body is the same, but the color is different.\nVerdict: No.",
+    "Compare: The body is the same, but the color is different.\nVerdict: No.",
     "Qwen2-VL": "1. Subject: owl\n2. Image 1: brown\n3. Image 2: white\n4. Compare: feathers differ\n5. Verdict: no",
     "InternVL, wide colons": "Subject：cat\nImage 1：grey\nImage 2：black\nCompare：the fur differs\nVerdict：No",
     "Pixtral": "1. **Subject**: A dragon\n2. **Image 1**: Green, two horns\n3. **Image 2**: Green, one horn\n"
-               "4. **Compare**: Horns: different\n5. **Verdict**: No",
+    "4. **Compare**: Horns: different\n5. **Verdict**: No",
     "MiniCPM-V": "Step 1: Subject: chair\nStep 2: Image 1: leather\nStep 3: Image 2: velvet\n"
-                 "Step 4: Compare: the cover is different\nStep 5: Verdict: No, another chair",
+    "Step 4: Compare: the cover is different\nStep 5: Verdict: No, another chair",
     "Phi-3.5 Vision": "Subject: shoe\nImage 1: white sole\nImage 2: black sole\nComparison: The soles differ.\n"
-                      "Verdict: No\n\nReason: the soles have other colors.",
+    "Verdict: No\n\nReason: the soles have other colors.",
     "GPT, headings": "## 1. Subject\nA striped cat\n\n## 2. Image 1\nFive stripes\n\n## 3. Image 2\nSpots\n\n"
-                     "## 4. Compare\n- Eyes: same\n- Coat: **different**\n\n---\n\n## 5. Verdict\n"
-                     "**No** — the coat is another one.\n\nLet me know if you need more!",
+    "## 4. Compare\n- Eyes: same\n- Coat: **different**\n\n---\n\n## 5. Verdict\n"
+    "**No** — the coat is another one.\n\nLet me know if you need more!",
     "GLM-4V": "• Subject: fox\n• Image 1: red\n• Image 2: grey\n• Compare: fur is different\n• Verdict: NO!",
     "images named": "subject: fox\nimage 1: red\nimage 2: grey\ncompare: Image 1 shows red fur and\n"
-                    "image 2 shows grey fur: different\nverdict: no",
+    "image 2 shows grey fur: different\nverdict: no",
 }
-COMPLETE = [pytest.param(verdict, answer, id=style) for verdict, answers in (("yes", YES), ("no", NO))
-            for style, answer in answers.items()]
+COMPLETE = [
+    pytest.param(verdict, answer, id=style)
+    for verdict, answers in (("yes", YES), ("no", NO))
+    for style, answer in answers.items()
+]
 INCOMPLETE = {
-    "nothing": "", "babble": "They look alike to me.", "only the verdict": "yes",
-    "a refusal": "I'm sorry, I can't compare animals.", "JSON": '{"subject": "fox", "verdict": "yes"}',
-    **{f"no {step}": "\n".join(FOX[:k] + FOX[k + 1:]) for k, step in enumerate(curate.STEPS)},
-    **{f"empty {step}": "\n".join([*FOX[:k], f"{step}:", *FOX[k + 1:]]) for k, step in enumerate(curate.STEPS)},
+    "nothing": "",
+    "babble": "They look alike to me.",
+    "only the verdict": "yes",
+    "a refusal": "I'm sorry, I can't compare animals.",
+    "JSON": '{"subject": "fox", "verdict": "yes"}',
+    **{f"no {step}": "\n".join(FOX[:k] + FOX[k + 1 :]) for k, step in enumerate(curate.STEPS)},
+    **{
+        f"empty {step}": "\n".join([*FOX[:k], f"{step}:", *FOX[k + 1 :]])
+        for k, step in enumerate(curate.STEPS)
+    },
     "other names": "\n".join(FOX).replace("image 1", "first image"),
-    **{name: "\n".join(FOX[k] for k in order) for name, order in {
-        "images exchanged": [0, 2, 1, 3, 4], "the verdict first": [4, 0, 1, 2, 3],
-        "the verdict before the comparison": [0, 1, 2, 4, 3], "a verdict before and after": [4, 0, 1, 2, 3, 4],
-        "the chain twice": [0, 1, 2, 3, 4] * 2}.items()},
+    **{
+        name: "\n".join(FOX[k] for k in order)
+        for name, order in {
+            "images exchanged": [0, 2, 1, 3, 4],
+            "the verdict first": [4, 0, 1, 2, 3],
+            "the verdict before the comparison": [0, 1, 2, 4, 3],
+            "a verdict before and after": [4, 0, 1, 2, 3, 4],
+            "the chain twice": [0, 1, 2, 3, 4] * 2,
+        }.items()
+    },
     "two verdicts": "\n".join([*FOX, "verdict: no"]),
-    **{words: "\n".join([*FOX[:4], f"verdict: {words}"]) for words in (
-        "yes and no", "yes or no", "yes/no", "Yes, no.", "no yes", "maybe", "not the same", "same", "probably yes")},
+    **{
+        words: "\n".join([*FOX[:4], f"verdict: {words}"])
+        for words in (
+            "yes and no",
+            "yes or no",
+            "yes/no",
+            "Yes, no.",
+            "no yes",
+            "maybe",
+            "not the same",
+            "same",
+            "probably yes",
+        )
+    },
 }
 
 
 @pytest.mark.parametrize("verdict, answer", COMPLETE)
-def test_complete_answers_are_understood_in_any_style_and_cut_ones_count_as_truncated(verdict, answer):
+def test_complete_answers_are_understood_in_any_style_and_cut_ones_count_as_truncated(
+    verdict, answer
+):
     """The generation marks a cut answer; without that mark it is unparsable as long as the verdict is missing."""
     found, reason = curate.parse(answer)
     assert found == verdict and reason.startswith(f"{verdict}: ") and "unparsable" not in reason
     assert curate.parse(f"{answer} {curate.TRUNCATED}")[0] == "truncated"
-    cut = answer[:answer.lower().rindex("verdict")]
+    cut = answer[: answer.lower().rindex("verdict")]
     assert all(curate.parse(cut[:n])[0] == "unparsable" for n in range(0, len(cut), 7))
 
 
@@ -83,10 +112,17 @@ def test_incomplete_answers_are_unparsable(answer):
     assert curate.parse(answer)[0] == curate.parse(answer, 9)[0] == "unparsable"
 
 
-@pytest.mark.parametrize("comparison, differing", [
-    ("fur same, eyes differ", 1), ("- Fur: Different\n- Eyes: Same\n- Tail: differs", 2),
-    ("fur does not differ, eyes differ", 1), ("Nothing differs; the fur doesn't differ", 0),
-    ("red in one and blue in the other", 1), ("no difference. Ears: different", 1)])
+@pytest.mark.parametrize(
+    "comparison, differing",
+    [
+        ("fur same, eyes differ", 1),
+        ("- Fur: Different\n- Eyes: Same\n- Tail: differs", 2),
+        ("fur does not differ, eyes differ", 1),
+        ("Nothing differs; the fur doesn't differ", 0),
+        ("red in one and blue in the other", 1),
+        ("no difference. Ears: different", 1),
+    ],
+)
 def test_tolerance_counts_the_parts_that_differ(comparison, differing):
     answer = "\n".join([*FOX[:3], f"compare: {comparison}", "verdict: no"])
     verdicts = [curate.parse(answer, tolerance)[0] for tolerance in range(4)]
@@ -100,13 +136,22 @@ def test_answers_are_greedy_without_a_penalty_and_truncated_ones_say_so():
     processor.batch_decode = lambda tokens, **options: [str(row.tolist()) for row in tokens]
     model = Mock(device="cpu", dtype=torch.float32)
     model.generation_config.eos_token_id = [1, 2]
-    model.generate.return_value = torch.tensor([[5, 5, 7, 2], [5, 5, 7, 7]])  # of two answers the first one ends
-    answers = curate.ask(model, processor, [["image"], ["image"]], "Same?", batch_size=2, max_new_tokens=2)
+    model.generate.return_value = torch.tensor(
+        [[5, 5, 7, 2], [5, 5, 7, 7]]
+    )  # of two answers the first one ends
+    answers = curate.ask(
+        model, processor, [["image"], ["image"]], "Same?", batch_size=2, max_new_tokens=2
+    )
     assert answers == ["[7, 2]", f"[7, 7] {curate.TRUNCATED}"]
-    assert model.generate.call_args.kwargs.items() >= {"repetition_penalty": 1.0, "do_sample": False}.items()
+    assert (
+        model.generate.call_args.kwargs.items()
+        >= {"repetition_penalty": 1.0, "do_sample": False}.items()
+    )
 
 
-def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folder_has_none(monkeypatch, tmp_path):
+def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folder_has_none(
+    monkeypatch, tmp_path
+):
     for options, example in (([], ""), (["--vlm", str(tmp_path)], curate.EXAMPLE)):
         monkeypatch.setattr("sys.argv", ["curate.py", *options])
         assert curate.parse_args().example == example

@@ -28,47 +28,95 @@ def asked(monkeypatch):
     """A VLM that always says the same, at once; the list of what it was asked."""
     asked = []
     monkeypatch.setattr(curate, "load_vlm", lambda name, quantize: (None, None))
-    monkeypatch.setattr(curate, "ask", lambda model, processor, cases, questions, batch_size, max_new_tokens: (
-        asked.extend(zip(cases, questions, strict=True)) or ["image: a critter\nscore: 3"] * len(cases)))
+    monkeypatch.setattr(
+        curate,
+        "ask",
+        lambda model, processor, cases, questions, batch_size, max_new_tokens: (
+            asked.extend(zip(cases, questions, strict=True))
+            or ["image: a critter\nscore: 3"] * len(cases)
+        ),
+    )
     return asked
 
 
 @pytest.fixture
 def run(call, asked):
     """run(out, *args): evaluate.py, or another script, in this process at tiny settings -> what it said."""
+
     def run(out, *args, code=0, script=evaluate):
         done, said, err = call(script, *TINY, "--out", out, *args)
         assert done == code, err[-2000:]
         assert code != 2 or err.strip().splitlines()[-1].startswith("error: ")
         return said + err
+
     return run
 
 
 # ---- marks and intervals ---------------------------------------------------------------------------------------------
-IDENTITY = {"shape": "round", "ears": "horned", "colour": "red", "tone": "vivid", "second": "blue", "pattern": "dots",
-            "eyes": "two"}
+IDENTITY = {
+    "shape": "round",
+    "ears": "horned",
+    "colour": "red",
+    "tone": "vivid",
+    "second": "blue",
+    "pattern": "dots",
+    "eyes": "two",
+}
 ASKED = {"scene": "in space", "accessory": "with a hat", "light": "at noon"}
 SHOWN = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
 
 
-@pytest.mark.parametrize("seen, cp, all_kept, pf, pf_new", [
-    (ASKED, 1, 1, 1, 1),
-    (SHOWN, 1, 1, 1 / 3, 0),  # a copy: the light was asked for and is the reference's
-    (ASKED | {"eyes": "one", "scene": "in a cave"}, 6 / 7, 0, 2 / 3, 1 / 2)])
+@pytest.mark.parametrize(
+    "seen, cp, all_kept, pf, pf_new",
+    [
+        (ASKED, 1, 1, 1, 1),
+        (SHOWN, 1, 1, 1 / 3, 0),  # a copy: the light was asked for and is the reference's
+        (ASKED | {"eyes": "one", "scene": "in a cave"}, 6 / 7, 0, 2 / 3, 1 / 2),
+    ],
+)
 def test_marks_of_hand_made_verdicts(seen, cp, all_kept, pf, pf_new):
-    case = exams.Case(0, None, "", "", "", 0, identity=IDENTITY, context=ASKED, shown=SHOWN, move="moved")
+    case = exams.Case(
+        0, None, "", "", "", 0, identity=IDENTITY, context=ASKED, shown=SHOWN, move="moved"
+    )
     marks = exams.marks(case, IDENTITY | seen)
-    wanted = {"cp": cp, "all_kept": all_kept, "pf": pf, "pf_new": pf_new, "cp_pf": cp * pf, "cp_pf_new": cp * pf_new,
-              "cp_pf_moved": cp * pf, "eyes_as_wanted": float("eyes" not in seen),
-              "scene_as_wanted": float(seen["scene"] == "in space")}
-    assert {name: marks[name] for name in wanted} == pytest.approx(wanted) and "cp_pf_turned" not in marks
+    wanted = {
+        "cp": cp,
+        "all_kept": all_kept,
+        "pf": pf,
+        "pf_new": pf_new,
+        "cp_pf": cp * pf,
+        "cp_pf_new": cp * pf_new,
+        "cp_pf_moved": cp * pf,
+        "eyes_as_wanted": float("eyes" not in seen),
+        "scene_as_wanted": float(seen["scene"] == "in space"),
+    }
+    assert {name: marks[name] for name in wanted} == pytest.approx(
+        wanted
+    ) and "cp_pf_turned" not in marks
 
 
-@pytest.mark.parametrize("answer, score", [
-    ("compare: same\nscore: 3", 3), ("**Score**: 4/4", 4), ("score: 0 to 4? I say score: 1.", 1), ("Score (0-4): 3", 3),
-    ("score: 3.0", 3), ("Rating: 3", 3), ("__Score:__ **2**", 2), ("The score is 3", 3), ("score (3)", 3),
-    ("score: 3.0/4.0", 3), ("score: 5", None), ("score: 10", None), ("score: 3.5", None), ("", None),
-    ("four of four", None), ("illustrating 3 foxes", None), (f"score: 2 if {curate.TRUNCATED}", None)])
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("compare: same\nscore: 3", 3),
+        ("**Score**: 4/4", 4),
+        ("score: 0 to 4? I say score: 1.", 1),
+        ("Score (0-4): 3", 3),
+        ("score: 3.0", 3),
+        ("Rating: 3", 3),
+        ("__Score:__ **2**", 2),
+        ("The score is 3", 3),
+        ("score (3)", 3),
+        ("score: 3.0/4.0", 3),
+        ("score: 5", None),
+        ("score: 10", None),
+        ("score: 3.5", None),
+        ("", None),
+        ("four of four", None),
+        ("illustrating 3 foxes", None),
+        (f"score: 2 if {curate.TRUNCATED}", None),
+    ],
+)
 def test_parse_score(answer, score):
     assert exams.parse_score(answer) == (score and score / 4)
 
@@ -78,19 +126,35 @@ def test_bootstrap_interval_of_known_data():
     assert evaluate.bootstrap([], []) is evaluate.bootstrap([None], [0]) is None
     coins = [k % 2 for k in range(400)]
     mean, low, high = evaluate.bootstrap(coins, range(400))
-    assert [mean, low, high] == pytest.approx([0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.01)
+    assert [mean, low, high] == pytest.approx(
+        [0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.01
+    )
     # four equal pictures of each reference tell no more than one: twice the interval of independent ones
-    _, wide_low, wide_high = evaluate.bootstrap(coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)])
-    assert wide_high - wide_low == pytest.approx(2 ** .5 * (high - low), rel=0.15)
+    _, wide_low, wide_high = evaluate.bootstrap(
+        coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)]
+    )
+    assert wide_high - wide_low == pytest.approx(2**0.5 * (high - low), rel=0.15)
     assert evaluate.bootstrap([1.0, None, 0.0, None], [0, 0, 1, 1])[0] == 0.5
-    assert evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75  # of pictures, not of references
+    assert (
+        evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75
+    )  # of pictures, not of references
 
 
 def test_summary_averages_each_kind_counts_missing_scores_and_compares_with_dsd_case_by_case():
     def record(reference, value, kind="subject", **more):
-        return {"reference": reference, "kind": kind, "cp_pf": value, "answers": {"vlm_cp": "score: 3"}} | more
+        return {
+            "reference": reference,
+            "kind": kind,
+            "cp_pf": value,
+            "answers": {"vlm_cp": "score: 3"},
+        } | more
+
     ours = [record(0, 1.0), record(0, 0.0, "relight"), record(1, 0.5), record(2, 0.0)]
-    theirs = [record(0, 0.5, answers={"vlm_cp": "?"}), record(0, 1.0, "relight", pose=0.9), record(1, None)]
+    theirs = [
+        record(0, 0.5, answers={"vlm_cp": "?"}),
+        record(0, 1.0, "relight", pose=0.9),
+        record(1, None),
+    ]
     summary = evaluate.summarise(theirs, ours)
     assert summary["subject"].items() >= {"dsd_minus": [0.5] * 3, "n": 2, "unscored": 1}.items()
     assert summary["relight"].items() >= {"pose": [0.9] * 3, "unscored": 0}.items()
@@ -101,9 +165,17 @@ def test_pose_kept_sees_the_pose_and_not_the_light():
     relit = exams.world_cases([0], 1, 0, 32)[1]
     dim, moved = Image.eval(relit.truth, lambda v: round(0.5 * v + 20)), Image.new("RGB", (32, 32))
     moved.paste(relit.truth, (9, 6))
-    assert exams.pose_kept(relit.truth, relit.truth) == 1 == pytest.approx(exams.pose_kept(dim, relit.truth), abs=2e-3)
+    assert (
+        exams.pose_kept(relit.truth, relit.truth)
+        == 1
+        == pytest.approx(exams.pose_kept(dim, relit.truth), abs=2e-3)
+    )
     assert exams.pose_kept(relit.image, relit.truth) > 0.6 > exams.pose_kept(moved, relit.truth)
-    for other in (Image.eval(relit.truth, lambda v: 255 - v), Image.new("RGB", (32, 32)), noise_image(32, 32)):
+    for other in (
+        Image.eval(relit.truth, lambda v: 255 - v),
+        Image.new("RGB", (32, 32)),
+        noise_image(32, 32),
+    ):
         assert exams.pose_kept(other, relit.truth) < 0.3
 
 
@@ -112,22 +184,40 @@ def test_the_judge_takes_the_best_label_of_each_attribute():
     first, last = ({name: block[k][1] for name, block in seen.labels.items()} for k in (0, -1))
     assert set(first) >= {*world.IDENTITY, *world.CONTEXT}
     logits = torch.zeros(2, len(seen.model.config.id2label))
-    for name, block in seen.labels.items():  # a large logit of one attribute must not win in another
+    for (
+        name,
+        block,
+    ) in seen.labels.items():  # a large logit of one attribute must not win in another
         logits[1, block[-1][0]] = 1 + 100 * (name == "colour")
     assert [set(s) for s in seen(two)] == [set(first)] * 2  # its weights may be float16
-    seen.model = type("Fixed", (), {"device": "cpu", "__call__": lambda *_, **__: SimpleNamespace(logits=logits)})()
+    seen.model = type(
+        "Fixed", (), {"device": "cpu", "__call__": lambda *_, **__: SimpleNamespace(logits=logits)}
+    )()
     assert seen(two) == [first, last]
-    assert seen.sureness(two).tolist() == pytest.approx([1 / 8, math.e / (math.e + 7)])  # of 8 values
+    assert seen.sureness(two).tolist() == pytest.approx(
+        [1 / 8, math.e / (math.e + 7)]
+    )  # of 8 values
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 def test_every_rendered_reference_is_held_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(world, "render", lambda identity, context, pose, size: seen.extend(identity.tolist())
-                        or torch.zeros(len(identity), 3, size, size))
+    monkeypatch.setattr(
+        world,
+        "render",
+        lambda identity, context, pose, size: (
+            seen.extend(identity.tolist()) or torch.zeros(len(identity), 3, size, size)
+        ),
+    )
     cases = exams.world_cases([*range(75), *ablations.SEARCH], 4, 0, 32)
-    assert len(cases) == 83 * 5 and len(seen) == 83 * 6 and sum(case.kind == "subject" for case in cases) == 83 * 4
-    assert world.is_held_out(world.identity_number(torch.tensor([*seen, *map(identity_of, cases)]))).all()
+    assert (
+        len(cases) == 83 * 5
+        and len(seen) == 83 * 6
+        and sum(case.kind == "subject" for case in cases) == 83 * 4
+    )
+    assert world.is_held_out(
+        world.identity_number(torch.tensor([*seen, *map(identity_of, cases)]))
+    ).all()
 
 
 def identity_of(case):
@@ -143,7 +233,9 @@ def test_cases_ask_for_another_scene_or_another_light_only_in_poses_that_the_pro
         assert same == [True, True, False] if relit else not same[0]
         assert case.sheet_prompt.startswith("2 images representing the same scene") == relit
         assert case.subject in case.prompt and case.subject in case.reference_prompt
-        assert all(value in case.prompt for value in asked.values() if value not in ("nothing", "standing"))
+        assert all(
+            value in case.prompt for value in asked.values() if value not in ("nothing", "standing")
+        )
         for context, prompt in ((asked, case.prompt), (shown, case.reference_prompt)):
             told = [pose for pose in world.POSE_NAMES[1:] if pose in prompt]
             assert told == [context["pose"]] * (context["pose"] != "standing")
@@ -156,9 +248,15 @@ def test_cases_ask_for_another_scene_or_another_light_only_in_poses_that_the_pro
     assert len({case.seed for case in cases}) == len(cases)
 
 
-def test_a_case_depends_on_its_number_and_the_seed_and_those_that_training_saw_are_left_out(tmp_path, capsys):
+def test_a_case_depends_on_its_number_and_the_seed_and_those_that_training_saw_are_left_out(
+    tmp_path, capsys
+):
     def told(*args, **more):
-        return [(case.prompt, case.seed, case.truth.tobytes()) for case in exams.world_cases(*args, 0, 32, **more)]
+        return [
+            (case.prompt, case.seed, case.truth.tobytes())
+            for case in exams.world_cases(*args, 0, 32, **more)
+        ]
+
     cases = exams.world_cases(range(3), 1, 0, 32)
     number = world.identity_number(torch.tensor([identity_of(cases[2])])).item()
     dsd.write_json(tmp_path / "seen.json", {"identities": [number, 5]})
@@ -179,8 +277,14 @@ def benchmark(tmp_path, monkeypatch):
             (folder / kind / path).parent.mkdir(parents=True)
         noise_image(48, 40, len(subject)).save(folder / "images" / f"{path}.jpg")
         text = f"{subject}\na {subject} on the beach\n\na {subject} in space\n"
-        (folder / "captions" / f"{path}.txt").write_text(text, encoding="utf-8-sig")  # with a byte-order mark
-    for path in ("object/._03.jpg", "object/.ipynb_checkpoints/03-checkpoint.png", "__MACOSX/object/03.jpg"):
+        (folder / "captions" / f"{path}.txt").write_text(
+            text, encoding="utf-8-sig"
+        )  # with a byte-order mark
+    for path in (
+        "object/._03.jpg",
+        "object/.ipynb_checkpoints/03-checkpoint.png",
+        "__MACOSX/object/03.jpg",
+    ):
         (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / "images" / path).write_bytes(b"no picture")
     return folder
@@ -189,40 +293,76 @@ def benchmark(tmp_path, monkeypatch):
 def test_a_dreambench_folder_with_the_vlm_as_judge(benchmark, run, asked):
     said, out = run("out", "--folder", benchmark, "--judge", "nowhere", "--prompts", 2), Path("out")
     summary = dsd.read_json(out / "scores.json")
-    assert list(summary) == ["prompt alone", "reference copied", "SDEdit 0.5", "in-context inpainting", "DSD"]
+    assert list(summary) == [
+        "prompt alone",
+        "reference copied",
+        "SDEdit 0.5",
+        "in-context inpainting",
+        "DSD",
+    ]
     assert "VLM de-biased" in said and "relit" not in said and "warning" not in said
     for name, kinds in summary.items():
-        assert [dsd.read_json(out / "rows" / name / f"000{k}.json")["prompt"] for k in range(4)] == [
-            "a kitten on the beach", "a kitten in space", "a red mug on the beach", "a red mug in space"]
+        assert [
+            dsd.read_json(out / "rows" / name / f"000{k}.json")["prompt"] for k in range(4)
+        ] == [
+            "a kitten on the beach",
+            "a kitten in space",
+            "a red mug on the beach",
+            "a red mug in space",
+        ]
         scores = {key: kinds["subject"][key][0] for key in ("vlm_cp", "vlm_cp_pf", "vlm_cp_pf_new")}
-        assert scores == {"vlm_cp": 0.75, "vlm_cp_pf": 0.75 ** 2, "vlm_cp_pf_new": 0.75 ** 2}
+        assert scores == {"vlm_cp": 0.75, "vlm_cp_pf": 0.75**2, "vlm_cp_pf_new": 0.75**2}
         assert "cp" not in kinds["subject"]
-    assert len(asked[-1][0]) == 2 and "a red mug in space" in asked[-1][1] and "copies" in asked[-1][1]
+    assert (
+        len(asked[-1][0]) == 2 and "a red mug in space" in asked[-1][1] and "copies" in asked[-1][1]
+    )
     assert {len(images) for images, question in asked if question == exams.SUBJECT_CRITERIA} == {2}
     noise_image(8, 8).save(benchmark / "images/object/03.png")
-    assert "share the caption" in run("more", "--folder", benchmark, "--rows", "reference copied", "--references", 5)
+    assert "share the caption" in run(
+        "more", "--folder", benchmark, "--rows", "reference copied", "--references", 5
+    )
     assert len(list(Path("more").rglob("rows/*/*.png"))) == 3
 
 
-@pytest.mark.parametrize("file, contents, prompts, message", [
-    ("captions/object/03.txt", b"", 1, "subject's name"), ("captions/object/03.txt", b"mug", 1, "at least 1 prompt"),
-    ("captions/object/03.txt", b"mug\na mug\n", 2, "at least 2 prompts"), ("captions/object", None, 1, "not a text"),
-    ("captions/object/03.txt", b"\xff\xfe\x00", 1, "UTF-8"), ("images/object/03.jpg", b"text", 1, "not an image"),
-    ("images", None, 1, "no pictures below")])
+@pytest.mark.parametrize(
+    "file, contents, prompts, message",
+    [
+        ("captions/object/03.txt", b"", 1, "subject's name"),
+        ("captions/object/03.txt", b"mug", 1, "at least 1 prompt"),
+        ("captions/object/03.txt", b"mug\na mug\n", 2, "at least 2 prompts"),
+        ("captions/object", None, 1, "not a text"),
+        ("captions/object/03.txt", b"\xff\xfe\x00", 1, "UTF-8"),
+        ("images/object/03.jpg", b"text", 1, "not an image"),
+        ("images", None, 1, "no pictures below"),
+    ],
+)
 def test_bad_folders_are_answered_in_one_line(benchmark, run, file, contents, prompts, message):
-    shutil.rmtree(benchmark / file) if contents is None else (benchmark / file).write_bytes(contents)
+    shutil.rmtree(benchmark / file) if contents is None else (benchmark / file).write_bytes(
+        contents
+    )
     assert message in run("out", "--folder", benchmark, "--prompts", prompts, code=2)
     assert not Path("out/rows").exists()
 
 
-@pytest.mark.parametrize("script, flags, message", [
-    (evaluate, ["--rows", "nothing"], "no row or group is called nothing; there are: bounds"),
-    (evaluate, ["--references", 0], "at least 1"), (evaluate, ["--judge", "nowhere"], "no judge at nowhere"),
-    (evaluate, ["--witness", "nowhere"], "no judge at nowhere"),
-    (evaluate, ["--adapter", "nowhere"], "no adapter"), (evaluate, ["--prompts", 90], "reference 0 has only"),
-    (evaluate, ["--strengths", 0], "invalid choice"), (evaluate, ["--width", 33], "multiples of"),
-    (ablations, ["--rows", "DSD, LoRA rank 4", "--pairs", "nowhere"], "no nowhere/metadata.jsonl"),
-    (ablations, ["--folder", "x"], "for the miniature")])
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (evaluate, ["--rows", "nothing"], "no row or group is called nothing; there are: bounds"),
+        (evaluate, ["--references", 0], "at least 1"),
+        (evaluate, ["--judge", "nowhere"], "no judge at nowhere"),
+        (evaluate, ["--witness", "nowhere"], "no judge at nowhere"),
+        (evaluate, ["--adapter", "nowhere"], "no adapter"),
+        (evaluate, ["--prompts", 90], "reference 0 has only"),
+        (evaluate, ["--strengths", 0], "invalid choice"),
+        (evaluate, ["--width", 33], "multiples of"),
+        (
+            ablations,
+            ["--rows", "DSD, LoRA rank 4", "--pairs", "nowhere"],
+            "no nowhere/metadata.jsonl",
+        ),
+        (ablations, ["--folder", "x"], "for the miniature"),
+    ],
+)
 def test_mistakes_are_answered_in_one_line(tmp_path, run, script, flags, message):
     assert message in run(tmp_path / "out", *flags, code=2, script=script)
     assert not (tmp_path / "out" / "rows").exists()
@@ -233,25 +373,57 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
     out, _ = run_script("evaluate.py", *TINY, "--references", 1, "--witness", JUDGE, cwd=tmp_path)
     folder = tmp_path / "runs" / "evaluate"
     summary, table = dsd.read_json(folder / "scores.json"), (folder / "table.md").read_text()
-    names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.5", "in-context inpainting", "DSD"]
+    names = [
+        "prompt alone",
+        "reference copied",
+        "true rendering",
+        "SDEdit 0.5",
+        "in-context inpainting",
+        "DSD",
+    ]
     assert list(summary) == names and table.strip() in out and "DSD minus this row" in table
     for name in names:
-        subject, relight = (dsd.read_json(folder / "rows" / name / f"000{k}.json") for k in range(2))
+        subject, relight = (
+            dsd.read_json(folder / "rows" / name / f"000{k}.json") for k in range(2)
+        )
         assert f"| {name} | 1 |" in table and "pose" in relight and "pose" not in subject
-        assert all(0 <= record[key] <= 1 for record in (subject, relight) for key in ("cp", "pf", "cp_pf", "pf_new"))
-        assert subject["judges_agree"] == 1 and subject["witness_cp"] == subject["cp"]  # it is the judge once more
+        assert all(
+            0 <= record[key] <= 1
+            for record in (subject, relight)
+            for key in ("cp", "pf", "cp_pf", "pf_new")
+        )
+        assert (
+            subject["judges_agree"] == 1 and subject["witness_cp"] == subject["cp"]
+        )  # it is the judge once more
         assert Image.open(folder / "rows" / name / "0001.png").size == (32, 32)
-    assert summary["true rendering"]["relight"]["pose"] == summary["true rendering"]["subject"]["pf"] == [1.0] * 3
+    assert (
+        summary["true rendering"]["relight"]["pose"]
+        == summary["true rendering"]["subject"]["pf"]
+        == [1.0] * 3
+    )
     assert summary["DSD"]["subject"]["dsd_minus"] == [0.0] * 3
-    assert Image.open(folder / "scatter.png").width > 300 and Image.open(folder / "contact_sheet.png").height > 7 * 128
+    assert (
+        Image.open(folder / "scatter.png").width > 300
+        and Image.open(folder / "contact_sheet.png").height > 7 * 128
+    )
 
 
-def test_started_again_it_makes_what_is_missing_and_nothing_twice(tmp_path, run, asked, monkeypatch):
+def test_started_again_it_makes_what_is_missing_and_nothing_twice(
+    tmp_path, run, asked, monkeypatch
+):
     drawn, teacher, rows = [], evaluate.teacher, tmp_path / "rows"
-    monkeypatch.setattr(evaluate, "teacher", lambda *args, **more: drawn.append(len(args[1])) or teacher(*args, **more))
+    monkeypatch.setattr(
+        evaluate,
+        "teacher",
+        lambda *args, **more: drawn.append(len(args[1])) or teacher(*args, **more),
+    )
     run(tmp_path, "--rows", "zero-shot")
     whole, begun = written(rows), (sum(drawn), len(asked))
-    for lost, more in (([], (0, 0)), (["0002.json"], (0, 8)), (["0002.json", "0002.png"], (4, 8))):  # a batch of four
+    for lost, more in (
+        ([], (0, 0)),
+        (["0002.json"], (0, 8)),
+        (["0002.json", "0002.png"], (4, 8)),
+    ):  # a batch of four
         for name in lost:
             (rows / "SDEdit 0.5" / name).unlink()
         run(tmp_path, "--rows", "zero-shot")
@@ -264,13 +436,28 @@ def test_started_again_it_makes_what_is_missing_and_nothing_twice(tmp_path, run,
 
 # ---- the long table --------------------------------------------------------------------------------------------------
 def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
-    small = {"width": 32, "height": 32, "steps": 2, "guidance_scale": 1.0, "true_cfg_scale": 2.0, "shift": 3.0,
-             "prompt_tokens": [24, 40], "learning_rate": 2e-3}
+    small = {
+        "width": 32,
+        "height": 32,
+        "steps": 2,
+        "guidance_scale": 1.0,
+        "true_cfg_scale": 2.0,
+        "shift": 3.0,
+        "prompt_tokens": [24, 40],
+        "learning_rate": 2e-3,
+    }
     pipe, cases = dsd.load_pipeline(FluxPipeline, flux), exams.world_cases([0], 1, 0, 32)
     before, untuned, tuned, again, after = (
-        dsd.to_pixels(draw(pipe, cases, argparse.Namespace(**small, tuning_steps=steps))) for draw, steps in (
-            (evaluate.teacher, 0), *((ablations.dreambooth, steps) for steps in (0, 4, 4)), (evaluate.teacher, 0)))
-    assert torch.equal(tuned, again) and not torch.equal(tuned, untuned) and torch.equal(before, after)
+        dsd.to_pixels(draw(pipe, cases, argparse.Namespace(**small, tuning_steps=steps)))
+        for draw, steps in (
+            (evaluate.teacher, 0),
+            *((ablations.dreambooth, steps) for steps in (0, 4, 4)),
+            (evaluate.teacher, 0),
+        )
+    )
+    assert (
+        torch.equal(tuned, again) and not torch.equal(tuned, untuned) and torch.equal(before, after)
+    )
 
 
 def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypatch):
@@ -282,20 +469,54 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypa
         assert call(finetune, *flags, "--rank", 2, "--batch_size", 2)[0] == 0
 
     monkeypatch.setattr(ablations, "run_script", train)
-    monkeypatch.setattr(ablations, "tune", lambda *args: tuned.append(args[3].tuning_steps) or tune(*args))
-    monkeypatch.setattr(exams, "marks", lambda case, seen: marks(case, seen) | {"cp_pf": float(tuned[-1:] == [2])})
+    monkeypatch.setattr(
+        ablations, "tune", lambda *args: tuned.append(args[3].tuning_steps) or tune(*args)
+    )
+    monkeypatch.setattr(
+        exams, "marks", lambda case, seen: marks(case, seen) | {"cp_pf": float(tuned[-1:] == [2])}
+    )
     few = {name: ablations.ABLATIONS[name] for name in ("single frame", "only LoRA")}
-    for name, value in {"SEARCH": [100_000], "LEARNING_RATES": [1e-3], "TUNING_STEPS": [2, 1], "GUIDANCE": [(1.0, 1.0)],
-                        "ABLATIONS": few}.items():
+    for name, value in {
+        "SEARCH": [100_000],
+        "LEARNING_RATES": [1e-3],
+        "TUNING_STEPS": [2, 1],
+        "GUIDANCE": [(1.0, 1.0)],
+        "ABLATIONS": few,
+    }.items():
         monkeypatch.setattr(ablations, name, value)
-    flags = ["--pairs", pairs, "--ablation_steps", 1, "--references", 1, "--unguided_steps", 0,
-             "--rows", "tuning", "DSD", "guidance", "sampling", "ablation"]
+    flags = [
+        "--pairs",
+        pairs,
+        "--ablation_steps",
+        1,
+        "--references",
+        1,
+        "--unguided_steps",
+        0,
+        "--rows",
+        "tuning",
+        "DSD",
+        "guidance",
+        "sampling",
+        "ablation",
+    ]
     said, out = run(tmp_path / "out", *flags, script=ablations), tmp_path / "out"
-    rows = ["in-context, clean reference", "DreamBooth-LoRA", "DSD", "DSD, guidance 1.0 1.0", "DSD, frame 1 held",
-            "DSD, single frame", "DSD, only LoRA", "DSD, only LoRA, frame 1 held"]
+    rows = [
+        "in-context, clean reference",
+        "DreamBooth-LoRA",
+        "DSD",
+        "DSD, guidance 1.0 1.0",
+        "DSD, frame 1 held",
+        "DSD, single frame",
+        "DSD, only LoRA",
+        "DSD, only LoRA, frame 1 held",
+    ]
     assert all(f"| {name} | 1 |" in said for name in rows)
     assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
-    assert tuned == [2, 1, 2] and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
+    assert (
+        tuned == [2, 1, 2]
+        and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
+    )
     assert dsd.adapter_facts(out / "ablations" / "single_frame")[1]["frames"] == 1
     assert set(trained) == {"single_frame", "only_LoRA"}
     asked.clear(), trained.clear()
@@ -304,7 +525,9 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypa
 
 
 def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
-    args = argparse.Namespace(pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, device="cpu")
+    args = argparse.Namespace(
+        pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, device="cpu"
+    )
     whole = dsd.read_records(pairs / "metadata.jsonl")
 
     def curated(script, *flags):
@@ -312,13 +535,26 @@ def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
         dsd.write_json(flags[flags.index("--out") + 1] / "metadata.jsonl", whole * 3)
 
     monkeypatch.setattr(ablations, "run_script", curated)
-    for which, count in {"curated": 8, "half": 4, "quarter": 2, "as many": 8, "uncurated": 24}.items():
+    for which, count in {
+        "curated": 8,
+        "half": 4,
+        "quarter": 2,
+        "as many": 8,
+        "uncurated": 24,
+    }.items():
         folder = ablations.pairs_for(which, args)
         records = dsd.read_records(folder / "metadata.jsonl")
-        assert len(records) == count and (which == "as many" or records[1]["prompt"] == whole[1]["prompt"])
+        assert len(records) == count and (
+            which == "as many" or records[1]["prompt"] == whole[1]["prompt"]
+        )
         if which in ("half", "quarter"):
-            assert (folder / records[0]["target_file_name"]).samefile(pairs / whole[0]["target_file_name"])
-    told = [{**whole[0], "prompt": f"a critter {pose} in space".replace("  ", " ")} for pose in world.POSES]
+            assert (folder / records[0]["target_file_name"]).samefile(
+                pairs / whole[0]["target_file_name"]
+            )
+    told = [
+        {**whole[0], "prompt": f"a critter {pose} in space".replace("  ", " ")}
+        for pose in world.POSES
+    ]
     args.pairs = tmp_path / "posed"
     dsd.write_json(args.pairs / "metadata.jsonl", told)
     records = dsd.read_records(ablations.pairs_for("no poses", args) / "metadata.jsonl")

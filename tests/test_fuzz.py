@@ -24,21 +24,32 @@ def damage(data, draw):
     for _ in range(draw.randint(1, 3)):
         a, b = sorted(draw.randrange(len(data) + 1) for _ in range(2))
         near = min(b, a + draw.choice([1, 8, 64]))
-        data = draw.choice([
-            data[:a] + bytes(c ^ 1 << draw.randrange(8) for c in data[a:a + 1]) + data[a + 1:],
-            data[:a] + draw.randbytes(near - a) + data[near:], data[:a], data[:a] + data[near:], data[:b] + data[a:],
-            data[:a] + bytes(near - a) + data[near:], data[:a] + draw.randbytes(draw.randint(1, 20)) + data[a:]])
+        data = draw.choice(
+            [
+                data[:a]
+                + bytes(c ^ 1 << draw.randrange(8) for c in data[a : a + 1])
+                + data[a + 1 :],
+                data[:a] + draw.randbytes(near - a) + data[near:],
+                data[:a],
+                data[:a] + data[near:],
+                data[:b] + data[a:],
+                data[:a] + bytes(near - a) + data[near:],
+                data[:a] + draw.randbytes(draw.randint(1, 20)) + data[a:],
+            ]
+        )
     return data
 
 
 def bend(records, draw):
     """JSON lines of `records`, damaged in their bytes, or with a field missing or of another value."""
-    records, in_bytes = [dict(record) for record in records], draw.random() < .3
+    records, in_bytes = [dict(record) for record in records], draw.random() < 0.3
     if not in_bytes:
         record = draw.choice(records)
         name = draw.choice(sorted(record))
-        record[name] = draw.choice([None, True, -1, 7.5, 10**40, float("nan"), "", "x", "\0", "\ud800", [], {"a": 1}])
-        if draw.random() < .2:
+        record[name] = draw.choice(
+            [None, True, -1, 7.5, 10**40, float("nan"), "", "x", "\0", "\ud800", [], {"a": 1}]
+        )
+        if draw.random() < 0.2:
             del record[name]
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     return damage(data, draw) if in_bytes else data
@@ -55,8 +66,11 @@ def used(load, argument, file, data):
         return None
 
 
-@pytest.mark.parametrize("mode, suffix", [(mode, "png") for mode in ("RGB", "P", "RGBA", "L")] + [
-    ("RGB", suffix) for suffix in ("jpg", "gif", "webp", "tiff", "bmp")])
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [(mode, "png") for mode in ("RGB", "P", "RGBA", "L")]
+    + [("RGB", suffix) for suffix in ("jpg", "gif", "webp", "tiff", "bmp")],
+)
 def test_damaged_pictures_are_refused_or_opened(mode, suffix, tmp_path):
     draw, file = random.Random(mode + suffix), tmp_path / f"picture.{suffix}"
     critter(7, [1, 0, 0]).convert(mode).save(file)
@@ -87,15 +101,39 @@ def test_damaged_adapters_are_refused_or_loaded_as_finite_weights_of_the_right_s
 def test_damaged_records_are_refused_or_have_the_right_fields(tmp_path):
     draw = random.Random(2)
     args = argparse.Namespace(grids=tmp_path, pairs=tmp_path, seed=0, validation_grids=1)
-    grids = [{"file": f"{i}.png", "prompt": "a grid", "subject": "a fox", "family": "subject", "rows": 2, "columns": 2}
-             for i in range(3)]
-    pairs = [{"reference_file_name": "a.png", "target_file_name": f"{i}.png", "prompt": "a fox", "grid": i}
-             for i in range(4)]
+    grids = [
+        {
+            "file": f"{i}.png",
+            "prompt": "a grid",
+            "subject": "a fox",
+            "family": "subject",
+            "rows": 2,
+            "columns": 2,
+        }
+        for i in range(3)
+    ]
+    pairs = [
+        {
+            "reference_file_name": "a.png",
+            "target_file_name": f"{i}.png",
+            "prompt": "a fox",
+            "grid": i,
+        }
+        for i in range(4)
+    ]
     for _ in range(300):
-        for grid in (used(curate.read_grids, args, tmp_path / "grids.jsonl", bend(grids, draw)) or {}).values():
+        for grid in (
+            used(curate.read_grids, args, tmp_path / "grids.jsonl", bend(grids, draw)) or {}
+        ).values():
             assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8
-            assert all(isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family"))
-        for part in used(finetune.read_pairs, args, tmp_path / "metadata.jsonl", bend(pairs, draw)) or []:
+            assert all(
+                isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family")
+            )
+        for part in (
+            used(finetune.read_pairs, args, tmp_path / "metadata.jsonl", bend(pairs, draw)) or []
+        ):
             for pair in part:
-                assert isinstance(pair["reference_file_name"], str) and isinstance(pair["target_file_name"], str)
+                assert isinstance(pair["reference_file_name"], str) and isinstance(
+                    pair["target_file_name"], str
+                )
                 assert pair["prompt"].strip()

@@ -42,15 +42,24 @@ def test_lessons_are_numbered_from_0():
 
 def test_the_student_notebook_is_what_make_derives(solution, student):
     derived = make.student(nbformat.read(solution, 4))
-    assert nbformat.read(student, 4) == derived, f"run python notebooks/make.py --derive {solution.name[0]}"
+    assert nbformat.read(student, 4) == derived, (
+        f"run python notebooks/make.py --derive {solution.name[0]}"
+    )
 
 
 def test_a_lesson_holds_no_solutions_long_lines_downloads_or_traces_of_a_machine(solution, student):
     for pattern, where in (
-            ("# solution|<!-- solution|# end", text(student)), (".{121}", text(solution)),
-            (r"pip install|\b(conda|apt|wget|curl|requests|urllib|login|snapshot_download|hf_hub_download)\b",
-             text(solution, "code")),
-            ("/tmp/|/home/|/root/|/work/|/Users/|Traceback|Warning", solution.read_text() + student.read_text())):
+        ("# solution|<!-- solution|# end", text(student)),
+        (".{121}", text(solution)),
+        (
+            r"pip install|\b(conda|apt|wget|curl|requests|urllib|login|snapshot_download|hf_hub_download)\b",
+            text(solution, "code"),
+        ),
+        (
+            "/tmp/|/home/|/root/|/work/|/Users/|Traceback|Warning",
+            solution.read_text() + student.read_text(),
+        ),
+    ):
         assert not re.findall(pattern, where)
 
 
@@ -58,7 +67,11 @@ def test_exercises_are_blank_in_the_student_notebook(student):
     blanks = [cell for cell in cells(student, "code") if "your turn" in cell.source]
     assert len(blanks) >= 3 and "*Your answer:*" in text(student) and not cells(student, "raw")
     for cell in cells(student, "code"):
-        assert not cell.outputs or "your turn" not in cell.source and not cell.source.startswith(("# check", "# try"))
+        assert (
+            not cell.outputs
+            or "your turn" not in cell.source
+            and not cell.source.startswith(("# check", "# try"))
+        )
 
 
 def test_each_exercise_with_a_check_lists_other_right_answers_and_wrong_ones(solution):
@@ -78,7 +91,14 @@ def test_each_exercise_with_a_check_lists_other_right_answers_and_wrong_ones(sol
 def test_a_lesson_opens_and_ends_as_all_do(solution):
     first, second, *_, last = (cell.source for cell in cells(solution))
     picture = f"pictures/{solution.stem}.png"
-    for words in ("**You will learn**", "**You need**", "**Time**", "two CPU cores", "on a GPU", f"](../{picture})"):
+    for words in (
+        "**You will learn**",
+        "**You need**",
+        "**Time**",
+        "two CPU cores",
+        "on a GPU",
+        f"](../{picture})",
+    ):
         assert words in " ".join(first.split())
     assert "lesson.start(minutes=" in second and (NOTEBOOKS / picture).exists()
     assert "## Discuss" in last and "## Read" in last
@@ -90,7 +110,11 @@ def test_outputs_are_there_and_small(solution, student):
         assert file.stat().st_size < 1e6 and not any(cell.metadata for cell in cells(file))
     outputs = [output for cell in cells(solution, "code") for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
 
 
 def test_links_lead_somewhere(solution):
@@ -102,23 +126,35 @@ def test_links_lead_somewhere(solution):
 def proofs(request):
     """{lesson: a future of what make.execute returns}. Models as small as these gain little from a second thread: so
     the lessons that this run of the tests asks for are run side by side instead, each with one thread."""
-    wanted = {item.callspec.params["solution"] for item in request.session.items if "proofs" in item.fixturenames}
+    wanted = {
+        item.callspec.params["solution"]
+        for item in request.session.items
+        if "proofs" in item.fixturenames
+    }
     with ThreadPoolExecutor(min(os.cpu_count(), 4)) as pool:
-        yield {file: pool.submit(make.execute, nbformat.read(file, 4), OMP_NUM_THREADS="1") for file in sorted(wanted)}
+        yield {
+            file: pool.submit(make.execute, nbformat.read(file, 4), OMP_NUM_THREADS="1")
+            for file in sorted(wanted)
+        }
 
 
 def test_the_solution_runs_and_its_exercises_are_proven(solution, proofs):
     """A cell may take 1,800 seconds, which is against hanging only: nothing here depends on the machine's speed."""
-    tried, _ = proofs[solution].result()  # it raises if an exercise does not hold what make.py promises
+    tried, _ = proofs[
+        solution
+    ].result()  # it raises if an exercise does not hold what make.py promises
     assert tried >= 5 * sum(cell.source.startswith("# check") for cell in cells(solution))
 
 
 def test_blanks_replace_what_stands_between_the_marks():
-    source = ("def f(x):\n    # solution\n    y = x\n    return y\n    # end\n\n\n"
-              "# solution\n# blank: a, b = ..., ...  # your turn: two numbers\na, b = 1, 2\n# end\nprint(a)")
+    source = (
+        "def f(x):\n    # solution\n    y = x\n    return y\n    # end\n\n\n"
+        "# solution\n# blank: a, b = ..., ...  # your turn: two numbers\na, b = 1, 2\n# end\nprint(a)"
+    )
     assert make.blank(source) == (
         'def f(x):\n    raise NotImplementedError("your turn")  # 2 lines in the solution\n\n\n'
-        "a, b = ..., ...  # your turn: two numbers\nprint(a)")
+        "a, b = ..., ...  # your turn: two numbers\nprint(a)"
+    )
     with pytest.raises(ValueError, match="needs `# blank: ` lines"):
         make.blank("# solution\na = 1\n# end")
 
@@ -133,21 +169,28 @@ def exercise(check, others):
     return nbformat.v4.new_notebook(cells=[code(EXERCISE), *map(raw, others), code(check)])
 
 
-@pytest.mark.parametrize("check, others, complaint", [
-    ("# check\npass", [], "the blank passes the check"),
-    ("# check\nassert n == 4", [], "does not say 'your turn'"),
-    (CHECK, ["# wrong: two and two\nn = 4"], "passes the check"),
-    (CHECK, ["# wrong: three\nn = 5"], "does not say 'three'"),
-    (CHECK, ["# also right\nn = 5"], "should pass"),
-    (CHECK, ["n = 4"], "a raw cell begins with"),
-    (CHECK + "del n", [], "run a second time"),
-])
+@pytest.mark.parametrize(
+    "check, others, complaint",
+    [
+        ("# check\npass", [], "the blank passes the check"),
+        ("# check\nassert n == 4", [], "does not say 'your turn'"),
+        (CHECK, ["# wrong: two and two\nn = 4"], "passes the check"),
+        (CHECK, ["# wrong: three\nn = 5"], "does not say 'three'"),
+        (CHECK, ["# also right\nn = 5"], "should pass"),
+        (CHECK, ["n = 4"], "a raw cell begins with"),
+        (CHECK + "del n", [], "run a second time"),
+    ],
+)
 def test_what_is_wrong_with_an_exercise_is_said(check, others, complaint):
     with pytest.raises(ValueError, match=complaint):
         make.execute(exercise(check, others))
 
 
 def test_a_sound_exercise_is_proven_and_its_outputs_are_those_of_the_solution():
-    others = ["# wrong: two and two\nn = 5", "# wrong: two and two\nn = 22", "# also right\nn = 2 + 2.0"]
+    others = [
+        "# wrong: two and two\nn = 5",
+        "# wrong: two and two\nn = 22",
+        "# also right\nn = 2 + 2.0",
+    ]
     notebook = exercise(CHECK + "print(n)", others)
     assert make.execute(notebook)[0] == 5 and notebook.cells[-1].outputs[0].text == "4\n"

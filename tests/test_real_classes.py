@@ -55,8 +55,12 @@ def qwen(tmp_path_factory):
 def bitsandbytes(monkeypatch):
     """A quantiser that does its work on a CPU."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
-    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    monkeypatch.setattr(
+        BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None
+    )
+    monkeypatch.setattr(
+        BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"}
+    )
 
 
 def check(code, out, err):
@@ -75,27 +79,67 @@ def student(model):
 def test_what_the_flags_leave_open_is_flux_1s_setting(monkeypatch):
     monkeypatch.setattr("sys.argv", ["generate_grids.py", "--model", HUB])
     args = generate_grids.parse_args()
-    assert (args.steps, args.width, args.height, args.guidance_scale, args.true_cfg_scale) == (28, 512, 512, 3.5, 1.0)
+    assert (args.steps, args.width, args.height, args.guidance_scale, args.true_cfg_scale) == (
+        28,
+        512,
+        512,
+        3.5,
+        1.0,
+    )
     assert args.grammar is generate_grids.GRAMMAR
 
 
 def test_grids_are_the_stock_pipelines_and_panels_need_not_be_square(model, tmp_path, call):
-    options = generate_grids, "--model", model, "--count", 2, "--steps", 2, "--height", 32, "--width"
+    options = (
+        generate_grids,
+        "--model",
+        model,
+        "--count",
+        2,
+        "--steps",
+        2,
+        "--height",
+        32,
+        "--width",
+    )
     assert call(*options, 48, "--out", tmp_path)[0] == 0
     record = dsd.read_records(tmp_path / "grids.jsonl")[1]
     image = FluxPipeline.from_pretrained(model)(
-        record["prompt"], width=96, height=64, num_inference_steps=2, guidance_scale=3.5,
+        record["prompt"],
+        width=96,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=3.5,
         max_sequence_length=256 if "schnell" in str(model) else 512,
-        generator=torch.Generator().manual_seed(record["seed"])).images[0]
+        generator=torch.Generator().manual_seed(record["seed"]),
+    ).images[0]
     assert dsd.open_image(tmp_path / record["file"]) == image
     code, _, err = call(*options, 40, "--out", tmp_path / "odd")
     assert code == 2 and "40 x 32 pixels" in err and "multiples of 16" in err
 
 
-def test_stock_diffusers_loads_what_is_trained_and_sampling_follows_prompt_and_guidance(model, pairs, tmp_path, call):
+def test_stock_diffusers_loads_what_is_trained_and_sampling_follows_prompt_and_guidance(
+    model, pairs, tmp_path, call
+):
     adapter, photo = tmp_path / "adapter", tmp_path / "photo.jpg"
-    check(*call(finetune, "--model", model, "--pairs", pairs, "--out", adapter, "--steps", 2, "--rank", 2,
-                "--gradient_checkpointing", "--precision", "no"))
+    check(
+        *call(
+            finetune,
+            "--model",
+            model,
+            "--pairs",
+            pairs,
+            "--out",
+            adapter,
+            "--steps",
+            2,
+            "--rank",
+            2,
+            "--gradient_checkpointing",
+            "--precision",
+            "no",
+        )
+    )
     log = dsd.read_records(adapter / "log.jsonl")
     assert len(log) == 2 and all(0 < r["loss"] < 100 for r in log)
     pipe = FluxControlPipeline.from_pretrained(model)
@@ -103,12 +147,39 @@ def test_stock_diffusers_loads_what_is_trained_and_sampling_follows_prompt_and_g
     assert pipe.transformer.config.in_channels == 128
     assert pipe.transformer.x_embedder.lora_B["default_0"].weight.abs().max() > 0
     noise_image(48, 40).save(photo)
-    options = [sample, "--model", model, "--adapter", adapter, "--image", photo, "--width", 48, "--height", 32,
-               "--steps", 3, "--prompt", "the cat at sea"]
-    guided = *options, "the " * 600, "--image_guidance", 1.5, "--text_guidance", 2, "--out", tmp_path / "guided"
+    options = [
+        sample,
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        "--image",
+        photo,
+        "--width",
+        48,
+        "--height",
+        32,
+        "--steps",
+        3,
+        "--prompt",
+        "the cat at sea",
+    ]
+    guided = (
+        *options,
+        "the " * 600,
+        "--image_guidance",
+        1.5,
+        "--text_guidance",
+        2,
+        "--out",
+        tmp_path / "guided",
+    )
     assert "1 of 2 prompts are longer" in check(*call(*guided))
     check(*call(*options, "--out", tmp_path / "plain"))
-    images = [dsd.open_image(tmp_path / file) for file in ("guided/0000.png", "guided/0001.png", "plain/0000.png")]
+    images = [
+        dsd.open_image(tmp_path / file)
+        for file in ("guided/0000.png", "guided/0001.png", "plain/0000.png")
+    ]
     assert images[0].size == (48, 32) and len({image.tobytes() for image in images}) == 3
 
 
@@ -122,42 +193,111 @@ def test_pictures_equal_the_unmodified_control_pipelines_within_one_grey_level(m
     references = [noise_image(48, 32, seed) for seed in (0, 1)]
     ours = draw(pipe, references, [5, 6], PROMPTS)
     for image, reference, prompt, seed in zip(ours, references, PROMPTS, (5, 6)):
-        theirs = stock(prompt, control_image=make_image_grid([reference, Image.new("RGB", (48, 32))], 1, 2),
-                       height=32, width=96, num_inference_steps=3, guidance_scale=2.0,
-                       max_sequence_length=pipe.tokenizer_2.model_max_length,
-                       generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+        theirs = stock(
+            prompt,
+            control_image=make_image_grid([reference, Image.new("RGB", (48, 32))], 1, 2),
+            height=32,
+            width=96,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
         assert theirs.size == (96, 32) and difference(image, theirs.crop((48, 0, 96, 32))) <= 1
     torch.testing.assert_close(pipe.scheduler.sigmas, stock.scheduler.sigmas, rtol=0, atol=1e-6)
     assert difference(*ours) > 10
 
 
 def test_a_qwen_is_asked_about_every_pair_and_its_babble_is_rejected(qwen, dev, tmp_path, call):
-    check(*call(generate_grids, "--model", dev, "--count", 1, "--panel", 32, "--steps", 1, "--out", tmp_path / "grids"))
-    code, _, err = call(curate, "--grids", tmp_path / "grids", "--vlm", qwen, "--out", tmp_path / "pairs",
-                        "--batch_size", 4, "--max_new_tokens", 20)
+    check(
+        *call(
+            generate_grids,
+            "--model",
+            dev,
+            "--count",
+            1,
+            "--panel",
+            32,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "grids",
+        )
+    )
+    code, _, err = call(
+        curate,
+        "--grids",
+        tmp_path / "grids",
+        "--vlm",
+        qwen,
+        "--out",
+        tmp_path / "pairs",
+        "--batch_size",
+        4,
+        "--max_new_tokens",
+        20,
+    )
     assert code == 2 and "none of 6 pairs" in err
     records = dsd.read_json(tmp_path / "pairs" / "transcripts" / "000000.json")["pairs"]
-    assert {r["verdict"] for r in records} <= {"unparsable", "truncated"} and all(r["answer"] for r in records)
+    assert {r["verdict"] for r in records} <= {"unparsable", "truncated"} and all(
+        r["answer"] for r in records
+    )
 
 
 def test_a_qwens_answer_does_not_depend_on_the_batch(qwen):
     vlm, processor = curate.load_vlm(str(qwen))
     cases = [[noise_image(32, 32, i), noise_image(40, 32, i + 1)] for i in range(3)]
-    assert curate.ask(vlm, processor, cases, "Same?", 3, 5) == curate.ask(vlm, processor, cases, "Same?", 1, 5)
-    assert curate.ask(vlm, processor, [cases[0][:1]], curate.DETAILS_QUESTION, 1, 5)[0]  # as sample.py --enhance does
+    assert curate.ask(vlm, processor, cases, "Same?", 3, 5) == curate.ask(
+        vlm, processor, cases, "Same?", 1, 5
+    )
+    assert curate.ask(vlm, processor, [cases[0][:1]], curate.DETAILS_QUESTION, 1, 5)[
+        0
+    ]  # as sample.py --enhance does
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("module, options", [
-    *((module, ["--quantize", "nf4"]) for module in (generate_grids, curate, finetune, sample)),
-    *((module, ["--offload", "sequential"]) for module in (generate_grids, sample)), (finetune, ["--model", HUB]),
-    (generate_grids, ["--model", HUB]), (generate_grids, ["--llm", HUB]), (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B"]),
-    (sample, ["--model", HUB, "--prompt", "a fox", "--image", "x.png", "--adapter", dsd.MINIATURE / "adapter"]),
-    (benchmark, ["--size", "flux.1-dev"])])
-def test_what_needs_a_gpu_is_refused_before_a_download(module, options, pairs, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize(
+    "module, options",
+    [
+        *((module, ["--quantize", "nf4"]) for module in (generate_grids, curate, finetune, sample)),
+        *((module, ["--offload", "sequential"]) for module in (generate_grids, sample)),
+        (finetune, ["--model", HUB]),
+        (generate_grids, ["--model", HUB]),
+        (generate_grids, ["--llm", HUB]),
+        (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B"]),
+        (
+            sample,
+            [
+                "--model",
+                HUB,
+                "--prompt",
+                "a fox",
+                "--image",
+                "x.png",
+                "--adapter",
+                dsd.MINIATURE / "adapter",
+            ],
+        ),
+        (benchmark, ["--size", "flux.1-dev"]),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_before_a_download(
+    module, options, pairs, tmp_path, call, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dsd.write_json(tmp_path / "grids.jsonl", [{
-        "file": "000000.png", "prompt": "p", "subject": "s", "family": "subject", "rows": 2, "columns": 2}])
+    dsd.write_json(
+        tmp_path / "grids.jsonl",
+        [
+            {
+                "file": "000000.png",
+                "prompt": "p",
+                "subject": "s",
+                "family": "subject",
+                "rows": 2,
+                "columns": 2,
+            }
+        ],
+    )
     more = {curate: ["--grids", tmp_path], finetune: ["--pairs", pairs]}.get(module, [])
     code, _, err = call(module, *options, *more, "--out", tmp_path / "out")
     assert code == 2 and re.search("needs? a CUDA GPU", err) and err.strip().count("\n") == 0
@@ -168,40 +308,74 @@ def test_what_needs_a_gpu_is_refused_before_a_download(module, options, pairs, t
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_card_computes_in_what_it_has_natively(native, dtype, monkeypatch):
     """A T4 or a V100 emulates bfloat16, which torch counts as support unless it is asked not to."""
-    monkeypatch.setattr(dsd, "PartialState", lambda: types.SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(
+        dsd, "PartialState", lambda: types.SimpleNamespace(device=torch.device("cuda"))
+    )
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
     assert dsd.weight_dtype() == dtype
 
 
-@pytest.mark.parametrize("flag, kind", [("--precision=no", "no"), ("--precision=bf16", "bf16"), ("--compile", "bf16")])
-def test_a_base_in_bfloat16_is_trained_in_either_precision(flag, kind, dev, pairs, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize(
+    "flag, kind", [("--precision=no", "no"), ("--precision=bf16", "bf16"), ("--compile", "bf16")]
+)
+def test_a_base_in_bfloat16_is_trained_in_either_precision(
+    flag, kind, dev, pairs, tmp_path, call, monkeypatch
+):
     compiled = []
-    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", lambda self, **how: compiled.append(how))
+    monkeypatch.setattr(
+        FluxTransformer2DModel, "compile_repeated_blocks", lambda self, **how: compiled.append(how)
+    )
     monkeypatch.setattr(dsd, "weight_dtype", lambda: torch.bfloat16)
-    check(*call(finetune, flag, "--model", dev, "--pairs", pairs, "--steps", 1, "--batch_size", 1, "--out", tmp_path))
+    check(
+        *call(
+            finetune,
+            flag,
+            "--model",
+            dev,
+            "--pairs",
+            pairs,
+            "--steps",
+            1,
+            "--batch_size",
+            1,
+            "--out",
+            tmp_path,
+        )
+    )
     assert dsd.read_json(tmp_path / "settings.json")["precision"] == kind
     assert compiled == [{"fullgraph": True}] * (flag == "--compile")
 
 
 def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, monkeypatch):
     """The adapter is loaded first: it would not find weights that were taken away."""
+
     def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
+
     monkeypatch.setattr(FluxControlPipeline, "enable_sequential_cpu_offload", sequential)
     dsd.save_adapter(student(dev), tmp_path, {})
     drawn = []
     for way in ("none", "model", "sequential"):
         pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
         guided = {"image_guidance": 1.5, "text_guidance": 2.0, "unguided_steps": 1}
-        drawn.append([draw(pipe, seeds=[seed], **guided) for seed in (0, 1)])  # after a picture, parts are put back
+        drawn.append(
+            [draw(pipe, seeds=[seed], **guided) for seed in (0, 1)]
+        )  # after a picture, parts are put back
         assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
     assert drawn[0] == drawn[1] == drawn[2]
 
 
-def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(bitsandbytes, dev, pairs, tmp_path, call, monkeypatch):
+def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(
+    bitsandbytes, dev, pairs, tmp_path, call, monkeypatch
+):
     """Stopped at a step and started again, the end is the same; then sample.py draws with the quantised base."""
+
     def parse_nf4(*args, **more):  # --quantize is refused on a CPU: it is set after that
         options = parse(*args, **more)
         options.quantize = "nf4"
@@ -211,10 +385,27 @@ def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(bitsandbytes, dev
         if step == 3:
             raise KeyboardInterrupt
         return share(step, steps)
+
     parse, share = dsd.Parser.parse, finetune.learning_rate_share
     monkeypatch.setattr(dsd.Parser, "parse", parse_nf4)
-    options = [finetune, "--model", dev, "--pairs", pairs, "--rank", 64, "--gradient_checkpointing", "--precision",
-               "no", "--batch_size", 1, "--steps", 4, "--save_every", 2]
+    options = [
+        finetune,
+        "--model",
+        dev,
+        "--pairs",
+        pairs,
+        "--rank",
+        64,
+        "--gradient_checkpointing",
+        "--precision",
+        "no",
+        "--batch_size",
+        1,
+        "--steps",
+        4,
+        "--save_every",
+        2,
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     check(*call(*options, "--out", whole))
     with monkeypatch.context() as patch:
@@ -222,11 +413,28 @@ def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(bitsandbytes, dev
         assert call(*options, "--out", parts)[0] == "\nstopped; the same command goes on from here"
     kept = torch.load(parts / "training_state.pt", weights_only=True)
     moments = kept["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
-    assert len(kept["log"]) == 2 and moments["state1"].dtype == moments["state2"].dtype == torch.uint8
+    assert (
+        len(kept["log"]) == 2 and moments["state1"].dtype == moments["state2"].dtype == torch.uint8
+    )
     check(*call(*options, "--out", parts))
     assert (whole / dsd.ADAPTER_FILE).read_bytes() == (parts / dsd.ADAPTER_FILE).read_bytes()
-    check(*call(sample, "--model", dev, "--adapter", parts, "--prompt", "a fox", "--steps", 1, "--image",
-                next((pairs / "images").glob("*.png")), "--out", tmp_path / "samples"))
+    check(
+        *call(
+            sample,
+            "--model",
+            dev,
+            "--adapter",
+            parts,
+            "--prompt",
+            "a fox",
+            "--steps",
+            1,
+            "--image",
+            next((pairs / "images").glob("*.png")),
+            "--out",
+            tmp_path / "samples",
+        )
+    )
     assert (tmp_path / "samples" / "0000.png").exists()
 
 
@@ -238,58 +446,111 @@ def recipe(*options):
 def test_a_training_step_takes_the_computed_memory_on_real_tensors(dev, monkeypatch):
     """With plain attention, since a CPU's fused one is another: the peak differs by small index tensors only."""
     plain = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(computed, "fused_attention", lambda query, key, value, **_: plain(
-        *(tensor.to(torch.bfloat16) for tensor in (query, key, value))))
+    monkeypatch.setattr(
+        computed,
+        "fused_attention",
+        lambda query, key, value, **_: plain(
+            *(tensor.to(torch.bfloat16) for tensor in (query, key, value))
+        ),
+    )
     peaks = {}
     for device in ("meta", "cpu"):
         made = recipe("--model", dev, "--rank", 8, "--panel", 128)
         made.student.to_empty(device=device).train()
         with sdpa_kernel(SDPBackend.MATH):
-            peaks[device] = computed.measure(made.train_step, autocast=True, grad=True, device=device)
-    assert peaks["cpu"].peak == pytest.approx(peaks["meta"].peak, rel=.01)
+            peaks[device] = computed.measure(
+                made.train_step, autocast=True, grad=True, device=device
+            )
+    assert peaks["cpu"].peak == pytest.approx(peaks["meta"].peak, rel=0.01)
     assert peaks["cpu"].operations == peaks["meta"].operations
 
 
 def test_autocast_is_torchs():
     """The functions that it casts are those that torch casts on a GPU, and no others that FLUX calls."""
+
     def cast(name):
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")
-    assert all(cast({"pow": "pow.Tensor_Scalar"}.get(name, name)) for name in computed.Autocast.DTYPES)
+
+    assert all(
+        cast({"pow": "pow.Tensor_Scalar"}.get(name, name)) for name in computed.Autocast.DTYPES
+    )
     assert not any(map(cast, ("silu", "gelu", "mul.Tensor", "add.Tensor")))
     seen = []
-    computed.measure(lambda: seen.extend([torch.nn.LayerNorm(8)(torch.ones(4, 8, dtype=torch.bfloat16)),
-                                          torch.nn.Linear(8, 8)(torch.ones(4, 8))]), autocast=True)
+    computed.measure(
+        lambda: seen.extend(
+            [
+                torch.nn.LayerNorm(8)(torch.ones(4, 8, dtype=torch.bfloat16)),
+                torch.nn.Linear(8, 8)(torch.ones(4, 8)),
+            ]
+        ),
+        autocast=True,
+    )
     assert [tensor.dtype for tensor in seen] == [torch.float32, torch.bfloat16]
 
 
-def test_weights_of_4_bits_are_those_of_linear_layers_but_the_embedder_which_gets_wider(bitsandbytes, dev):
+def test_weights_of_4_bits_are_those_of_linear_layers_but_the_embedder_which_gets_wider(
+    bitsandbytes, dev
+):
     """Real quantised parts on a CPU: which layers, and how many bytes."""
     pipe = dsd.load_pipeline(FluxControlPipeline, dev, "nf4", dtype=torch.bfloat16)
     args = computed.parse_args(["--model", str(dev), "--quantize", "nf4"])
-    for real, plain in ((pipe.transformer, computed.load_transformer(args)),
-                        (pipe.text_encoder_2, T5EncoderModel.from_pretrained(dev / "text_encoder_2"))):
-        small = {f"{name}.weight" for name, m in plain.named_modules() if computed.is_quantised(name, m, args)}
+    for real, plain in (
+        (pipe.transformer, computed.load_transformer(args)),
+        (pipe.text_encoder_2, T5EncoderModel.from_pretrained(dev / "text_encoder_2")),
+    ):
+        small = {
+            f"{name}.weight"
+            for name, m in plain.named_modules()
+            if computed.is_quantised(name, m, args)
+        }
         kept = {name for name, _ in plain.named_parameters()} - small
         assert len(small) > 5 and {name: p.dtype for name, p in real.named_parameters()} == {
-            **dict.fromkeys(small, torch.uint8), **dict.fromkeys(kept, torch.bfloat16)}
+            **dict.fromkeys(small, torch.uint8),
+            **dict.fromkeys(kept, torch.bfloat16),
+        }
         stored = sum(p.numel() * p.element_size() for p in real.parameters())
         for state in [p.quant_state for p in real.parameters() if p.dtype == torch.uint8]:
-            stored += state.absmax.numel() * state.absmax.element_size() + 4 * state.state2.absmax.numel()
-        assert computed.weight_bytes(plain, args) == pytest.approx(stored, rel=.01)
+            stored += (
+                state.absmax.numel() * state.absmax.element_size() + 4 * state.state2.absmax.numel()
+            )
+        assert computed.weight_bytes(plain, args) == pytest.approx(stored, rel=0.01)
 
 
 def test_the_rows_follow_from_the_options(dev):
     """On a small model: what fits, how many pictures, and how many tokens."""
+
     def rows(*options):
         return {row["step"].removeprefix("3 finetune.py: "): row for row in recipe(*options).rows()}
-    small = "--model", dev, "--panel", 64, "--count", 10, "--rank", 8, "--card", 1, "--prompt_tokens", 64
+
+    small = (
+        "--model",
+        dev,
+        "--panel",
+        64,
+        "--count",
+        10,
+        "--rank",
+        8,
+        "--card",
+        1,
+        "--prompt_tokens",
+        64,
+    )
     plain = rows(*small)
-    assert all(row["fits"] == "yes" and row["peak GB"] >= .5 for name, row in plain.items() if "curate" not in name)
+    assert all(
+        row["fits"] == "yes" and row["peak GB"] >= 0.5
+        for name, row in plain.items()
+        if "curate" not in name
+    )
     assert plain["2 curate.py"]["fits"] == "NO"  # a VLM of 8 billion
     assert plain["1 generate_grids.py"]["pictures"] == 10 and plain["encoding"]["pictures"] == 42
     assert plain["training"]["tokens a pass"] == 2 * 4 * 4 + 64
     guided = rows(*small, "--image_guidance", 1.5, "--text_guidance", 2)
-    assert guided["validation"]["tokens a pass"] == guided["4 sample.py"]["tokens a pass"] == 3 * (32 + 64)
+    assert (
+        guided["validation"]["tokens a pass"]
+        == guided["4 sample.py"]["tokens a pass"]
+        == 3 * (32 + 64)
+    )
     assert rows(*small, "--prompt_tokens", 512)["training"]["tokens a pass"] == 32 + 512
     for folder, words in (("nowhere", "no folder nowhere"), (dev / "vae", "config.json")):
         with pytest.raises(dsd.DsdError, match=f"{words}; leave --model out"):
@@ -299,37 +560,79 @@ def test_the_rows_follow_from_the_options(dev):
 def test_the_evening_on_one_card_is_four_hours():
     """FLUX.1-dev's full size. T5 in 4 bits is 4.15 GB, since its `wo` is not quantised."""
     evening = recipe("--recipe", "evening")
-    assert evening.weights["transformer"] == pytest.approx(6.2e9, rel=.02)
-    assert evening.lora == pytest.approx(344e6, rel=.01)
-    assert computed.weight_bytes(evening.t5, evening.args) == pytest.approx(4.15e9, rel=.01)
+    assert evening.weights["transformer"] == pytest.approx(6.2e9, rel=0.02)
+    assert evening.lora == pytest.approx(344e6, rel=0.01)
+    assert computed.weight_bytes(evening.t5, evening.args) == pytest.approx(4.15e9, rel=0.01)
     table = evening.rows()
-    assert all(row["fits"] == "yes" for row in table) and 3.5 < sum(row["hours"] for row in table) < 4.5
+    assert (
+        all(row["fits"] == "yes" for row in table)
+        and 3.5 < sum(row["hours"] for row in table) < 4.5
+    )
 
 
 @pytest.mark.parametrize("given", computed.RECIPES.values(), ids=computed.RECIPES)
 def test_a_recipes_options_are_the_scripts(given, dev, monkeypatch):
     """Each option of a recipe is taken by the script that it is meant for."""
-    taken = {generate_grids: {"count": "count", "panel": "panel", "grid_steps": "steps"},  # an option -> its flag there
-             curate: {"vlm_batch_size": "batch_size"}, finetune: {"steps": "steps", "batch_size": "batch_size"}}
+    taken = {
+        generate_grids: {
+            "count": "count",
+            "panel": "panel",
+            "grid_steps": "steps",
+        },  # an option -> its flag there
+        curate: {"vlm_batch_size": "batch_size"},
+        finetune: {"steps": "steps", "batch_size": "batch_size"},
+    }
     assert set(given) <= {"card", "quantize", "offload", "vlm_billions"}.union(*taken.values())
     for script, flags in taken.items():
         wanted = {flag: given[option] for option, flag in flags.items() if option in given}
         argv = [part for flag, value in wanted.items() for part in (f"--{flag}", str(value))]
-        monkeypatch.setattr("sys.argv", [script.__name__, *argv, *([] if script is curate else ["--model", str(dev)])])
+        monkeypatch.setattr(
+            "sys.argv",
+            [script.__name__, *argv, *([] if script is curate else ["--model", str(dev)])],
+        )
         assert wanted.items() <= vars(script.parse_args()).items()
 
 
 def test_benchmark_measures_every_step_beside_its_peer_and_its_limit(flux, vlm, tmp_path):
     """At tiny settings: every row is there and its figures are of one another's kind. No test of speed."""
-    out, _ = run_script("miniature/benchmark.py", "--model", flux, "--vlm", vlm, "--repeat", 1, "--batch", 1,
-                        "--steps", 1, "--rank", 2, "--batch_size", 2, "--product", 64, "--out", tmp_path, cwd=tmp_path)
+    out, _ = run_script(
+        "miniature/benchmark.py",
+        "--model",
+        flux,
+        "--vlm",
+        vlm,
+        "--repeat",
+        1,
+        "--batch",
+        1,
+        "--steps",
+        1,
+        "--rank",
+        2,
+        "--batch_size",
+        2,
+        "--product",
+        64,
+        "--out",
+        tmp_path,
+        cwd=tmp_path,
+    )
     result = dsd.read_json(tmp_path / "benchmark.json")
     rows = {row["step"]: row for row in result["rows"]}
-    assert list(rows) == ["a grid", "a pair curated", "a training sample, float32", "an image, one pass",
-                          "an image, guided"]
+    assert list(rows) == [
+        "a grid",
+        "a pair curated",
+        "a training sample, float32",
+        "an image, one pass",
+        "an image, guided",
+    ]
     for name, row in rows.items():
         assert f"| {name} |" in out
         assert row["seconds"] > 0 and "GB" in row["memory"] and row["operations"] > 1e8
         assert row["limit_seconds"] == pytest.approx(row["operations"] / result["rates"]["float32"])
         assert (row["peer_seconds"] is None) == (name == "a pair curated")
-    assert 1.5 < rows["an image, guided"]["operations"] / rows["an image, one pass"]["operations"] < 3.1  # one decoder
+    assert (
+        1.5
+        < rows["an image, guided"]["operations"] / rows["an image, one pass"]["operations"]
+        < 3.1
+    )  # one decoder

@@ -17,7 +17,7 @@ import generate_grids
 
 ALL = torch.arange(world.N_IDENTITIES)
 SIZES = [len(values) for values in world.IDENTITY.values()]
-POSE = torch.tensor([[0., .16, 1.16, 0.]])
+POSE = torch.tensor([[0.0, 0.16, 1.16, 0.0]])
 NOUNS = {world.noun([shape, ears]): [shape, ears] for shape in range(6) for ears in range(5)}
 
 
@@ -44,18 +44,24 @@ def test_at_least_50_000_identities_are_numbered_and_in_range():
             world.identity_of([0, number])
 
 
-@pytest.mark.parametrize("held_out, share, different", [(False, .9, 4000), (True, .1, 1000)])
-def test_each_side_of_the_world_has_its_share_and_every_value_and_is_drawn_from_alone(held_out, share, different, g):
+@pytest.mark.parametrize("held_out, share, different", [(False, 0.9, 4000), (True, 0.1, 1000)])
+def test_each_side_of_the_world_has_its_share_and_every_value_and_is_drawn_from_alone(
+    held_out, share, different, g
+):
     side = ALL[world.is_held_out(ALL) == held_out]
-    assert len(side) / len(ALL) == pytest.approx(share, abs=.01)
+    assert len(side) / len(ALL) == pytest.approx(share, abs=0.01)
     assert [len(column.unique()) for column in world.identity_of(side).T] == SIZES
     index = world.draw_identities(5000, g, held_out)
     assert len(index) == 5000 and torch.isin(index, side).all() and len(index.unique()) > different
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("change, held_out", [(world.change_attributes, True), (world.change_in_training, False)])
-def test_changed_identities_differ_as_asked_and_in_training_none_is_held_out(change, held_out, count, g):
+@pytest.mark.parametrize(
+    "change, held_out", [(world.change_attributes, True), (world.change_in_training, False)]
+)
+def test_changed_identities_differ_as_asked_and_in_training_none_is_held_out(
+    change, held_out, count, g
+):
     identity = world.identity_of(world.draw_identities(2000, g))
     other = change(identity, torch.full((2000,), count), g)
     assert ((other != identity).sum(1) == count).all()
@@ -71,35 +77,56 @@ def drawn(monkeypatch):
     def render(identity, context, pose, size):
         seen.append((identity, context, pose, torch.rand(len(identity), 3, size, size)))
         return seen[-1][-1]
+
     monkeypatch.setattr(world, "render", render)
     return seen
 
 
-@pytest.mark.parametrize("layout, held_out, unrelated, slips", [
-    ((2, 2), False, 1 / 3, .1), ((1, 2), False, 1 / 3, .1), ((1, 1), False, 0, 0),
-    ((2, 2), True, 1 / 3, .01), ((1, 2), True, 1 / 3, .01), ((1, 1), True, 0, 0)])
-def test_sheets_show_one_side_slip_in_both_ways_and_never_name_details(drawn, layout, held_out, unrelated, slips, g):
+@pytest.mark.parametrize(
+    "layout, held_out, unrelated, slips",
+    [
+        ((2, 2), False, 1 / 3, 0.1),
+        ((1, 2), False, 1 / 3, 0.1),
+        ((1, 1), False, 0, 0),
+        ((2, 2), True, 1 / 3, 0.01),
+        ((1, 2), True, 1 / 3, 0.01),
+        ((1, 1), True, 0, 0),
+    ],
+)
+def test_sheets_show_one_side_slip_in_both_ways_and_never_name_details(
+    drawn, layout, held_out, unrelated, slips, g
+):
     _, captions = world.sheets(4000, g, layout, held_out=held_out)
     assert (world.is_held_out(numbers(drawn[0][0])) == held_out).all()
     identity = drawn[0][0].view(4000, -1, 7)
     assert all(world.noun(row[0]) in caption for row, caption in zip(identity, captions))
     assert (identity[:, :, :2] == identity[:, :1, :2]).all()
-    differing = (identity[:, :, None] != identity[:, None]).sum(3).flatten(1).amax(1)  # attributes of the worst pair
-    assert abs((differing > 2).float().mean() - unrelated) < .04  # a few unrelated critters differ in one or two
-    assert abs(((differing > 0) & (differing <= 2)).float().mean() - slips) < .04
+    differing = (
+        (identity[:, :, None] != identity[:, None]).sum(3).flatten(1).amax(1)
+    )  # attributes of the worst pair
+    assert (
+        abs((differing > 2).float().mean() - unrelated) < 0.04
+    )  # a few unrelated critters differ in one or two
+    assert abs(((differing > 0) & (differing <= 2)).float().mean() - slips) < 0.04
     named = torch.tensor([" eye" in caption for caption in captions]).float().mean()
-    assert abs(named - world.DETAILED * (layout == (1, 1))) < .03
+    assert abs(named - world.DETAILED * (layout == (1, 1))) < 0.03
 
 
-def test_relight_sheets_keep_scene_accessory_and_pose_tell_them_once_and_change_only_the_light(drawn, g):
+def test_relight_sheets_keep_scene_accessory_and_pose_tell_them_once_and_change_only_the_light(
+    drawn, g
+):
     _, captions = world.sheets(1000, g)
     relight = torch.tensor(["scene, a" in caption for caption in captions])
     _, context, pose, _ = (part.view(1000, 4, -1) for part in drawn[0])
-    assert .2 < relight.float().mean() < .4
-    assert (context[relight, :, :2] == context[relight, :1, :2]).all() and (pose[relight] == pose[relight, :1]).all()
+    assert 0.2 < relight.float().mean() < 0.4
+    assert (context[relight, :, :2] == context[relight, :1, :2]).all() and (
+        pose[relight] == pose[relight, :1]
+    ).all()
     assert (context[relight, :, 2].sort(1).values == torch.arange(4)).all()
-    assert (context[~relight, :, 0] != context[~relight, :1, 0]).any(1).float().mean() > .9
-    moved = ((pose[..., 0].abs() > .2) | (pose[..., 2] < 1.05)).sum(1)  # to a side, or smaller: not standing
+    assert (context[~relight, :, 0] != context[~relight, :1, 0]).any(1).float().mean() > 0.9
+    moved = ((pose[..., 0].abs() > 0.2) | (pose[..., 2] < 1.05)).sum(
+        1
+    )  # to a side, or smaller: not standing
     told = [len(re.findall("|".join(filter(None, world.POSES)), caption)) for caption in captions]
     assert told == torch.where(relight, moved > 0, moved).tolist()
 
@@ -108,23 +135,32 @@ def test_panels_stand_in_reading_order_and_a_seed_gives_the_same_ones(drawn, g):
     images, _ = world.sheets(3, g, (2, 2), 16)
     panels = drawn[0][3].view(3, 4, 3, 16, 16)
     for k, (row, column) in enumerate(itertools.product((0, 16), (0, 16))):
-        assert torch.equal(images[:, :, row:row + 16, column:column + 16], panels[:, k])
+        assert torch.equal(images[:, :, row : row + 16, column : column + 16], panels[:, k])
     world.sheets(3, g.manual_seed(0), (2, 2), 16)
     assert all(map(torch.equal, drawn[0][:3], drawn[1][:3]))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def test_pictures_are_within_0_and_1_and_depend_neither_on_chance_nor_on_their_batch(g):
-    rows = world.identity_of(world.draw_identities(70, g)), world.draw_contexts(70, g), world.draw_poses(70, g)
+    rows = (
+        world.identity_of(world.draw_identities(70, g)),
+        world.draw_contexts(70, g),
+        world.draw_poses(70, g),
+    )
     images = world.render(*rows, 32)
-    assert images.shape == (70, 3, 32, 32) and 0 <= images.min() and images.max() <= 1 and images.std() > .1
+    assert (
+        images.shape == (70, 3, 32, 32)
+        and 0 <= images.min()
+        and images.max() <= 1
+        and images.std() > 0.1
+    )
     assert torch.equal(images, world.render(*rows, 32))
     torch.testing.assert_close(images[35:36], world.render(*(part[35:36] for part in rows), 32))
 
 
 @pytest.mark.parametrize("column", range(10), ids=[*world.IDENTITY, *world.CONTEXT])
 def test_every_value_of_an_attribute_looks_different(column):
-    n, (difference, pixels) = len(lessons.VALUES[column]), (.1, 6) if column < 7 else (.05, 20)
+    n, (difference, pixels) = len(lessons.VALUES[column]), (0.1, 6) if column < 7 else (0.05, 20)
     rows = torch.tensor([[0, 1, 0, 0, 7, 1, 1, 0, 0, 0]]).repeat(n, 1)
     rows[:, column] = torch.arange(n)
     images = world.render(rows[:, :7], rows[:, 7:], POSE.repeat(n, 1), 32)
@@ -132,75 +168,129 @@ def test_every_value_of_an_attribute_looks_different(column):
         assert (images[a] - images[b]).abs().amax(0).gt(difference).sum() >= pixels, (a, b)
 
 
-@pytest.mark.parametrize("pose, place, wide, turned", [
-    ("", [0, 0], False, False), ("on the left", [0, -5], False, False), ("on the right", [0, 5], False, False),
-    ("jumping", [-5, 0], False, False), ("lying down", None, True, False), ("upside down", None, False, True)])
+@pytest.mark.parametrize(
+    "pose, place, wide, turned",
+    [
+        ("", [0, 0], False, False),
+        ("on the left", [0, -5], False, False),
+        ("on the right", [0, 5], False, False),
+        ("jumping", [-5, 0], False, False),
+        ("lying down", None, True, False),
+        ("upside down", None, False, True),
+    ],
+)
 def test_a_critter_is_where_its_pose_says(pose, place, wide, turned):
-    def eyes_and_body(pose):  # the pixels that depend on a tall critter's main colour, and on its number of eyes
+    def eyes_and_body(
+        pose,
+    ):  # the pixels that depend on a tall critter's main colour, and on its number of eyes
         stand = world.in_pose(POSE, torch.tensor([list(world.POSES).index(pose)])).repeat(3, 1)
-        identity = torch.tensor([[2, 0, 0, 0, 7, 0, 0], [2, 0, 5, 0, 7, 0, 0], [2, 0, 0, 0, 7, 0, 2]])
+        identity = torch.tensor(
+            [[2, 0, 0, 0, 7, 0, 0], [2, 0, 5, 0, 7, 0, 0], [2, 0, 0, 0, 7, 0, 2]]
+        )
         images = world.render(identity, torch.zeros(3, 3, dtype=torch.long), stand, 32)
-        body, eyes = ((image - images[0]).abs().amax(0).gt(.1).nonzero().float() for image in images[1:])
+        body, eyes = (
+            (image - images[0]).abs().amax(0).gt(0.1).nonzero().float() for image in images[1:]
+        )
         return body.mean(0), eyes.mean(0), body.amax(0) - body.amin(0)
+
     body, eyes, size = eyes_and_body(pose)
     if place:
         assert abs(body - eyes_and_body("")[0] - torch.tensor(place)).amax() < 1, body
     assert (size[1] > size[0]) == wide
-    assert (eyes[0] > body[0] + .5) == turned
+    assert (eyes[0] > body[0] + 0.5) == turned
 
 
 def test_warp_moves_a_spot_by_one_to_three_pixels_and_differently_in_every_panel(g):
-    line = torch.arange(32.)
-    spot = torch.exp(-((line[:, None] - 16)**2 + (line - 16)**2) / 8).expand(64, 3, 32, 32)
+    line = torch.arange(32.0)
+    spot = torch.exp(-((line[:, None] - 16) ** 2 + (line - 16) ** 2) / 8).expand(64, 3, 32, 32)
     moved = lessons.warp(spot, g)
     mass = moved[:, 0] / moved[:, 0].sum((1, 2), keepdim=True)
-    place = torch.stack([(mass.sum(1) * line).sum(1), (mass.sum(2) * line).sum(1)], 1) - 16  # (64, 2), pixels
-    assert place.abs().amax() < 3.2 and place.abs().amax(1).mean() > 1 and place.unique(dim=0).shape == (64, 2)
+    place = (
+        torch.stack([(mass.sum(1) * line).sum(1), (mass.sum(2) * line).sum(1)], 1) - 16
+    )  # (64, 2), pixels
+    assert (
+        place.abs().amax() < 3.2
+        and place.abs().amax(1).mean() > 1
+        and place.unique(dim=0).shape == (64, 2)
+    )
     assert torch.equal(moved, lessons.warp(spot, g.manual_seed(0)))
-    grey = torch.full((2, 3, 32, 32), .3)  # of a border no other colour comes in
+    grey = torch.full((2, 3, 32, 32), 0.3)  # of a border no other colour comes in
     assert torch.allclose(lessons.warp(grey, g), grey, atol=1e-6)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizers():
-    return [models.word_tokenizer(models.flux_words(), length) for length in (models.PROMPT_TOKENS, 77)]
+    return [
+        models.word_tokenizer(models.flux_words(), length) for length in (models.PROMPT_TOKENS, 77)
+    ]
 
 
 def check_tokens(tokenizers, texts):
     """Both tokenizers know every word of the texts and read them whole."""
     for tokenizer in tokenizers:
         for ids, text in zip(tokenizer(texts).input_ids, texts):
-            assert tokenizer.unk_token_id not in ids and len(ids) <= tokenizer.model_max_length, text
+            assert tokenizer.unk_token_id not in ids and len(ids) <= tokenizer.model_max_length, (
+                text
+            )
 
 
-def test_captions_and_sample_prompts_are_read_whole_and_without_unknown_words_but_a_zebra_is_one(tokenizers, drawn, g):
-    longest = [v.index(max(v, key=lambda words: len(words.split()))) for v in world.CONTEXT.values()]
-    texts = [world.sheet_caption([4, 2, 0, 0, 1, 0, 0], [longest] * 4, (2, 2), relight, wording, (2, 2, 2, 2))
-             for relight in (False, True) for wording in (0, 1)]
+def test_captions_and_sample_prompts_are_read_whole_and_without_unknown_words_but_a_zebra_is_one(
+    tokenizers, drawn, g
+):
+    longest = [
+        v.index(max(v, key=lambda words: len(words.split()))) for v in world.CONTEXT.values()
+    ]
+    texts = [
+        world.sheet_caption(
+            [4, 2, 0, 0, 1, 0, 0], [longest] * 4, (2, 2), relight, wording, (2, 2, 2, 2)
+        )
+        for relight in (False, True)
+        for wording in (0, 1)
+    ]
     for layout, length in models.TOKENS.items():
         captions = world.sheets(3000, g, layout, 4)[1]
         assert max(map(len, tokenizers[0](captions).input_ids)) <= length
         texts += captions
-    texts += [world.panel_caption(*pair, True) for pair in zip(
-        world.identity_of(ALL[::400]), itertools.product(range(8), range(4), range(4)))]
-    texts += [p.replace("{name}", noun) for p in models.flux_settings()["sample"]["prompts"] for noun in NOUNS]
+    texts += [
+        world.panel_caption(*pair, True)
+        for pair in zip(
+            world.identity_of(ALL[::400]), itertools.product(range(8), range(4), range(4))
+        )
+    ]
+    texts += [
+        p.replace("{name}", noun)
+        for p in models.flux_settings()["sample"]["prompts"]
+        for noun in NOUNS
+    ]
     check_tokens(tokenizers, texts)
     assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
 
 
 @pytest.mark.parametrize("family", ["subject", "relight"])
 def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenizers, family):
-    grammar, relight, known, texts = models.flux_settings()["generate_grids"]["grammar"], family == "relight", {}, []
+    grammar, relight, known, texts = (
+        models.flux_settings()["generate_grids"]["grammar"],
+        family == "relight",
+        {},
+        [],
+    )
     for noun, *context, pose in itertools.product(NOUNS, range(8), range(4), range(4), range(6)):
-        light = world.CONTEXT["light"][context[2]]  # of a relit panel it is told last: "in the snow with a hat at noon"
-        known[f"a {noun} {world.setting(context, False, pose)} {light}" if relight else
-              world.panel_caption(NOUNS[noun], context, pose=pose)] = noun, context, pose
+        light = world.CONTEXT["light"][
+            context[2]
+        ]  # of a relit panel it is told last: "in the snow with a hat at noon"
+        known[
+            f"a {noun} {world.setting(context, False, pose)} {light}"
+            if relight
+            else world.panel_caption(NOUNS[noun], context, pose=pose)
+        ] = noun, context, pose
     for seed in range(200):
         grid = generate_grids.grammar_prompt(grammar, [family], seed)
         nouns, contexts, poses = zip(*(known[prompt] for prompt in grid["panel_prompts"]))
         assert set(nouns) == {grid["subject"]} and grid["family"] == family
-        assert grid["prompt"] == world.sheet_caption(NOUNS[nouns[0]], contexts, relight=relight, poses=poses)
+        assert grid["prompt"] == world.sheet_caption(
+            NOUNS[nouns[0]], contexts, relight=relight, poses=poses
+        )
         if relight:
             scenes, accessories, lights = map(set, zip(*contexts))
             assert [*map(len, (scenes, accessories, lights, set(poses)))] == [1, 1, 4, 1]
@@ -212,17 +302,35 @@ def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenize
 # ---- how the models are made -----------------------------------------------------------------------------------------
 def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp_path, monkeypatch):
     def leg(minutes):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", "all", "--out", str(tmp_path / "made"), "--minutes", minutes])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["pretrain.py", "all", "--out", str(tmp_path / "made"), "--minutes", minutes],
+        )
         pretrain.main()
         shutil.rmtree(tmp_path / "runs")  # a new machine
-        return {file.parent.name: json.loads(file.read_text())["steps"]
-                for file in (tmp_path / "made").rglob("training.json")}
-    fit, tiny = pretrain.fit, {"steps": 2, "batch_size": 8, "sight_steps": 1, "word_steps": 1, "sheets": 8}
+        return {
+            file.parent.name: json.loads(file.read_text())["steps"]
+            for file in (tmp_path / "made").rglob("training.json")
+        }
+
+    fit, tiny = (
+        pretrain.fit,
+        {"steps": 2, "batch_size": 8, "sight_steps": 1, "word_steps": 1, "sheets": 8},
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lessons, "POOL", 4)
-    monkeypatch.setattr(pretrain, "fit", lambda name, module, loss, args, picture=None: fit(name, module, loss, args))
-    monkeypatch.setattr(pretrain, "ALL", {name: settings | tiny for name, settings in pretrain.ALL.items()} | {
-        "vae": {"steps": 1, "batch_size": 12}})
+    monkeypatch.setattr(
+        pretrain,
+        "fit",
+        lambda name, module, loss, args, picture=None: fit(name, module, loss, args),
+    )
+    monkeypatch.setattr(
+        pretrain,
+        "ALL",
+        {name: settings | tiny for name, settings in pretrain.ALL.items()}
+        | {"vae": {"steps": 1, "batch_size": 12}},
+    )
     assert leg("0") == {"vae": 1}
     assert leg("0") == {"vae": 1, "flux": 1}
     assert leg("10") == {"vae": 1, "flux": 2, "judge": 2, "witness": 2, "vlm": 2}
@@ -232,20 +340,39 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp
 def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(drawn, g):
     _, rows = lessons.draw_pool(200, g)  # (200, 6, 11)
     identity, pose = rows[..., :7], rows[..., 10]
-    assert pose.unique().tolist() == list(range(len(world.POSES))) and (pose[:, 0] != pose[:, 1]).float().mean() > .7
+    assert (
+        pose.unique().tolist() == list(range(len(world.POSES)))
+        and (pose[:, 0] != pose[:, 1]).float().mean() > 0.7
+    )
     assert (pose[:, 2] == pose[:, 0]).all() and (rows[:, 3, 7:] == rows[:, 0, 7:]).all()
     differing = (identity != identity[:, :1]).sum(2)  # from panel 0, (200, 6)
     assert (differing[:, :3] == 0).all() and (differing[:, 5] == 3).all()
     assert differing[:, 3].unique().tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("changes, order, score", [
-    ({9: 2}, "keep the scene but show it by moonlight", 3),
-    ({10: 0}, "show this critter on the beach at sunset with a hat", 3),
-    ({9: 2, 10: 5}, "show this critter upside down on the beach by moonlight with a hat", 2),
-    ({0: 1, 7: 0, 8: 0, 9: 0, 10: 0}, "show this critter in the snow at noon", 0)])
+@pytest.mark.parametrize(
+    "changes, order, score",
+    [
+        ({9: 2}, "keep the scene but show it by moonlight", 3),
+        ({10: 0}, "show this critter on the beach at sunset with a hat", 3),
+        ({9: 2, 10: 5}, "show this critter upside down on the beach by moonlight with a hat", 2),
+        ({0: 1, 7: 0, 8: 0, 9: 0, 10: 0}, "show this critter in the snow at noon", 0),
+    ],
+)
 def test_the_vlm_s_lessons_know_poses(changes, order, score):
-    row = [0, 3, 0, 0, 1, 0, 0, 1, 1, 1, 3]  # a round horned critter jumping on the beach at sunset with a hat
+    row = [
+        0,
+        3,
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        3,
+    ]  # a round horned critter jumping on the beach at sunset with a hat
     other = [changes.get(column, value) for column, value in enumerate(row)]
     assert lessons.instruction(row, other) == order
     question, answer = lessons.prompt_lesson(row, other)
