@@ -56,9 +56,17 @@ def bfloat16_is_faster():
     return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
 
 
-def autocast(device):
-    """bfloat16 where it is faster, float32 elsewhere."""
-    return torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_faster())
+def precision_of(run, asked=None):
+    """The number format of a run: what is asked for, else what it began with, else what is measured to be faster.
+
+    A measurement may come out otherwise at the next start: so it decides once, and settings.json keeps it."""
+    begun = dsd.read_json(run / "settings.json").get("precision")
+    return asked or begun or ("bf16" if bfloat16_is_faster() else "no")
+
+
+def autocast(device, precision):
+    """Mixed precision with bfloat16 ("bf16"), or all in float32 ("no")."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def save_checkpoint(out, parameters, optimizer, ema, log, step):
@@ -114,14 +122,14 @@ def fit(name, module, loss_of_step, args, picture=None, betas=(0.9, 0.98)):
     done = max(done, args.done)
     ema.to(args.device)
     # in bfloat16 on a CPU the plain attention's backward pass is faster than the fused one's at these sizes
-    plain = args.device == "cpu" and bfloat16_is_faster()
+    plain = args.device == "cpu" and args.precision == "bf16"
     attention = [SDPBackend.MATH] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     begun, saved = time.time(), time.time()
     bar = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_share(step, args.steps)
-        with autocast(args.device), sdpa_kernel(attention):
+        with autocast(args.device, args.precision), sdpa_kernel(attention):
             loss = loss_of_step(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -292,7 +300,7 @@ def encode_world(vae, layout, count, args):
             x, c = world.sheets(
                 min(n, count - i), generator, layout, models.PANEL, device=args.device
             )
-            with torch.no_grad(), autocast(args.device):
+            with torch.no_grad(), autocast(args.device, args.precision):
                 z = vae.encode(x * 2 - 1).latent_dist.mode().float()
             parts.append(
                 dsd.pack((z - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu()
@@ -508,7 +516,9 @@ def pool_of_panels(args):
         generator = torch.Generator().manual_seed(args.seed + 77)
         images, attributes = lessons.draw_pool(lessons.POOL, generator, device=args.device)
         quarter = images[: lessons.POOL // 4]
-        images[: len(quarter)] = through_vae(quarter.flatten(0, 1), vae).view(quarter.shape)
+        images[: len(quarter)] = through_vae(quarter.flatten(0, 1), vae, args.precision).view(
+            quarter.shape
+        )
         with dsd.writing(path) as part:
             save_file({"images": images, "attributes": attributes}, part)
     pool = load_file(path)
@@ -516,11 +526,11 @@ def pool_of_panels(args):
 
 
 @torch.no_grad()
-def through_vae(images, vae):
+def through_vae(images, vae, precision="no"):
     """Panels (N, 3, s, s) in uint8, encoded and decoded."""
     parts = []
     for x in tqdm(images.split(32), desc="through the VAE"):
-        with autocast(vae.device.type):
+        with autocast(vae.device.type, precision):
             y = vae.decode(vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist.mode()).sample
         parts.append(((y.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(parts)
@@ -740,6 +750,11 @@ def main():
     )
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "no"],
+        help="bf16: mixed precision; no: all in float32 (default: the faster one, measured once)",
+    )
     parser.add_argument("--save_minutes", type=float, default=3.0)
     parser.add_argument(
         "--export", action="store_true", help="flux: write the folder from the last checkpoint, now"
@@ -773,9 +788,20 @@ def run(args):
         "references",
         "all",
     ):  # an export may read beside the run that writes
-        names = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "sheets"
+        out = Path("runs/pretrain") / args.model
+        args.precision = precision_of(out, args.precision)
+        names = (
+            "model",
+            "seed",
+            "batch_size",
+            "learning_rate",
+            "ema",
+            "ahead",
+            "sheets",
+            "precision",
+        )
         decisive = {name: getattr(args, name) for name in names}
-        folder = argparse.Namespace(out=Path("runs/pretrain") / args.model, **decisive)
+        folder = argparse.Namespace(out=out, **decisive)
         dsd.open_out(folder, "pretrain", changeable=[])
     train(args)
 

@@ -182,7 +182,17 @@ def whole(tmp_path_factory, flux, vlm, pairs):
             "--steps",
             1,
         ],
-        "pretrain": ["judge", "--steps", 6, "--batch_size", 4, "--save_minutes", 0],
+        "pretrain": [
+            "judge",
+            "--steps",
+            6,
+            "--batch_size",
+            4,
+            "--save_minutes",
+            0,
+            "--precision",  # else a stopwatch decides, which does not say the same in every run
+            "no",
+        ],
     }  # its checkpoints are in runs/
     for script, args in arguments.items():
         (folder := root / script).mkdir()

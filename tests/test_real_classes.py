@@ -351,7 +351,10 @@ def test_a_base_in_bfloat16_is_trained_in_either_precision(
 
 
 def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, monkeypatch):
-    """The adapter is loaded first: it would not find weights that were taken away."""
+    """The adapter is loaded first: it would not find weights that were taken away.
+
+    The same way of loading gives the same bytes. Another way puts the weights elsewhere in memory, where a matrix
+    product may round otherwise: so it is equal to one grey level."""
 
     def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
         for part in pipe.components.values():
@@ -360,15 +363,17 @@ def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_pat
 
     monkeypatch.setattr(FluxControlPipeline, "enable_sequential_cpu_offload", sequential)
     dsd.save_adapter(student(dev), tmp_path, {})
-    drawn = []
-    for way in ("none", "model", "sequential"):
+    drawn = {}
+    for way in ("none", "model", "sequential", "none"):
+        before = drawn.get(way)
         pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
         guided = {"image_guidance": 1.5, "text_guidance": 2.0, "unguided_steps": 1}
-        drawn.append(
-            [draw(pipe, seeds=[seed], **guided) for seed in (0, 1)]
-        )  # after a picture, parts are put back
+        # two pictures, since the parts are put back after each
+        drawn[way] = [draw(pipe, seeds=[seed], **guided)[0] for seed in (0, 1)]
+        assert before is None or before == drawn[way]
         assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
-    assert drawn[0] == drawn[1] == drawn[2]
+    assert difference(drawn["none"], drawn["model"]) <= 1
+    assert difference(drawn["none"], drawn["sequential"]) <= 1
 
 
 def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(

@@ -337,6 +337,26 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp
     assert len(list((tmp_path / "made" / "references").iterdir())) == 8
 
 
+def test_a_run_goes_on_in_the_number_format_it_began_with(tmp_path, call, monkeypatch):
+    """Which format is faster is measured, and a machine that is busy at the second start may measure otherwise."""
+
+    def judge(folder, bfloat16_is_faster, *options):
+        monkeypatch.setattr(pretrain, "bfloat16_is_faster", lambda: bfloat16_is_faster)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        code, _, err = call(
+            pretrain, "judge", "--steps", 2, "--batch_size", 4, "--out", tmp_path / folder, *options
+        )
+        return code or (tmp_path / folder / "judge" / "model.safetensors").read_bytes(), err
+
+    whole, _ = judge("whole", True)
+    judge("parts", True, "--minutes", 0)
+    assert judge("parts", False)[0] == whole
+    assert judge("float32", False)[0] == judge("asked", True, "--precision", "no")[0] != whole
+    code, err = judge("whole", True, "--precision", "no")
+    assert code == 2 and "its precision was bf16" in err
+
+
 def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(drawn, g):
     _, rows = lessons.draw_pool(200, g)  # (200, 6, 11)
     identity, pose = rows[..., :7], rows[..., 10]
