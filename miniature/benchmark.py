@@ -1,9 +1,10 @@
 """How fast the four steps are, beside what, and how far from the machine's limit.
 
-    OMP_NUM_THREADS=2 python miniature/benchmark.py                  # the miniature: minutes on two CPU cores
-    OMP_NUM_THREADS=2 python miniature/benchmark.py --compile        # training with compiled blocks
-    python miniature/benchmark.py --size flux.1-dev --gradient_checkpointing    # FLUX.1-dev, random weights, a CUDA GPU
-    python miniature/benchmark.py --size flux.1-dev --quantize nf4 --rank 16 --gradient_checkpointing
+    OMP_NUM_THREADS=2 python -m miniature.benchmark                  # the miniature: minutes on two CPU cores
+    OMP_NUM_THREADS=2 python -m miniature.benchmark --compile        # training with compiled blocks
+    python -m tests.random_models runs/FLUX.1-dev       # FLUX.1-dev's size, random weights; the rest on a CUDA GPU
+    python -m miniature.benchmark --model runs/FLUX.1-dev --gradient_checkpointing
+    python -m miniature.benchmark --model runs/FLUX.1-dev --quantize nf4 --rank 16 --gradient_checkpointing
 
 Each row compares our code with a peer, timed in turn in one process; the fastest of --repeat runs counts. The peer is
 the stock pipeline for grids and for one-pass sampling; for guided sampling three passes one after another, as in the
@@ -16,32 +17,28 @@ Training is timed in the number format that finetune.py takes on this machine; -
 Prints a table and writes it as JSON to --out.
 """
 
+import dsd
+
+import platform
 import sys
+import tempfile
+import time
+import unittest.mock
+from contextlib import nullcontext
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import dsd  # noqa: E402; first: it silences the libraries' notices
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from diffusers import FluxControlPipeline, FluxPipeline
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-import argparse  # noqa: E402
-import platform  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import unittest.mock  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-
-import torch  # noqa: E402
-from accelerate import Accelerator, PartialState  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from diffusers import FluxControlPipeline, FluxPipeline  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import curate  # noqa: E402
-import finetune  # noqa: E402
-import generate_grids  # noqa: E402
-import random_models  # noqa: E402
-import sample  # noqa: E402
+import curate
+import finetune
+import generate_grids
+import sample
 
 PROMPT = "a round horned critter in space at noon with a hat"
 NAMES = {"bf16": "bfloat16", "no": "float32"}
@@ -340,13 +337,7 @@ def table(result):
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/benchmark")
     add, steps = parser.add_argument, ["grids", "curation", "training", "sampling"]
-    add(
-        "--size",
-        choices=["miniature", "flux.1-dev"],
-        default="miniature",
-        help="flux.1-dev: random weights",
-    )
-    add("--model", help="a FLUX folder of your own instead")
+    add("--model", default=dsd.MINIATURE / "flux", help="a FLUX folder; its size is what counts")
     add("--vlm", help="for the row of curation (default: the miniature's; with another model none)")
     add("--steps", type=dsd.at_least(1), help="of the sampler (default: the model's own)")
     add("--panel", type=dsd.at_least(1), help="side of a panel (default: the model's own)")
@@ -375,18 +366,8 @@ def parse_args():
 def main():
     args = parse_args()
     gpu = PartialState().device.type == "cuda"
-    if args.size == "flux.1-dev" and not args.model:
-        if not gpu:
-            raise dsd.DsdError(
-                "--size flux.1-dev needs a CUDA GPU; without one see miniature/computed.py"
-            )
-        args.model = args.out / "FLUX.1-dev"
-        if not (args.model / "model_index.json").exists():
-            random_models.make_flux(
-                args.model, size=random_models.FLUX_1, dtype=torch.bfloat16, device="cuda"
-            )
-    elif not args.model:
-        args.model, args.vlm = dsd.MINIATURE / "flux", args.vlm or dsd.MINIATURE / "vlm"
+    if Path(args.model) == dsd.MINIATURE / "flux":
+        args.vlm = args.vlm or dsd.MINIATURE / "vlm"
     args.panel = args.panel or options(args, generate_grids).panel
     dsd.check_model(args.model, args.panel)
     torch.manual_seed(0)

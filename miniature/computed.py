@@ -1,8 +1,8 @@
 """Know before you start: what a recipe needs on a card, computed without running it. No GPU, no weights, a minute.
 
-    python miniature/computed.py --recipe evening               # a recipe of the README: evening, 16, 24 or 80
-    python miniature/computed.py --card 24 --quantize nf4 --count 2000 --panel 512 --rank 64
-    python miniature/computed.py --card 24 --model FOLDER       # sizes from a local folder instead of FLUX.1-dev's
+    python -m miniature.computed --recipe evening               # a recipe of the README: evening, 16, 24 or 80
+    python -m miniature.computed --card 24 --quantize nf4 --count 2000 --panel 512 --rank 64
+    python -m miniature.computed --card 24 --model FOLDER       # sizes from a local folder instead of FLUX.1-dev's
 
 For each step it prints pictures, tokens, the peak of the card's memory, hours and disk. An option means what it means
 in the scripts; --grid_steps and --sample_steps are --steps of the first and the last, --vlm_batch_size is curate.py's.
@@ -17,30 +17,55 @@ needs nothing. The VLM is estimated from its size, see `curation`.
 Time: the arithmetic of those runs at 45 % of --tflops. In nf4 each pass also writes every weight once in bfloat16.
 """
 
-import sys
+import dsd
+
+import argparse
+import functools
+import math
+import unittest.mock
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import dsd  # noqa: E402; first: it silences the libraries' notices
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import math  # noqa: E402
-import unittest.mock  # noqa: E402
-import weakref  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-
-import torch  # noqa: E402
-from diffusers import AutoencoderKL, FluxTransformer2DModel  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
-
-import random_models  # noqa: E402
-
+FLUX_1 = {  # FLUX.1-dev's sizes; what is not said is the classes' own default, which is FLUX.1's
+    "vae": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "text_encoder_2": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+    },
+    "transformer": {},
+}
 BF16 = torch.bfloat16
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
@@ -150,7 +175,7 @@ def load_transformer(args):
 def part_config(args, name):
     """The configuration of a part of the model, which says its sizes."""
     if not args.model:
-        return random_models.FLUX_1[name]
+        return FLUX_1[name]
     if not (file := Path(args.model) / name / "config.json").exists():
         raise dsd.DsdError(f"no {file}; leave --model out for FLUX.1-dev's sizes")
     return dsd.read_json(file)
@@ -198,10 +223,7 @@ class Recipe:
     def __init__(self, args):
         self.args, self.teacher, self.student = args, load_transformer(args), make_student(args)
         with torch.device("meta"):
-            vae = part_config(args, "vae")
-            self.vae = (
-                AutoencoderKL.from_config(vae) if args.model else random_models.make_vae(vae)
-            ).to(BF16)
+            self.vae = AutoencoderKL.from_config(part_config(args, "vae")).to(BF16)
             self.t5 = T5EncoderModel(
                 T5Config(
                     **{"feed_forward_proj": "gated-gelu"} | part_config(args, "text_encoder_2")

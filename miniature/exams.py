@@ -4,7 +4,7 @@ Used by evaluate.py and measure.py, and by nothing that generates data or trains
 held-out critters, and no other step uses the judge.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import dataclasses
 import re

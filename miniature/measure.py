@@ -1,4 +1,4 @@
-"""Measures the miniature's models: `python miniature/measure.py vae`, `judge`, `vlm`, `teacher`, `looking`, ...
+"""Measures the miniature's models: `python -m miniature.measure vae`, `judge`, `vlm`, `teacher`, `looking`, ...
 
 Each prints what it finds and writes it to runs/measure as JSON. Everything is drawn from held-out identities.
 
@@ -17,34 +17,26 @@ seen     which critters the judge finds in the pairs of --pairs; writes them int
          that was trained on these pairs (seen.json): the evaluation leaves such references out
 """
 
-import sys
+import dsd
+
+import argparse
+import itertools
+import re
+import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-import dsd  # noqa: E402; first: it silences the libraries' notices
+import torch
+from diffusers import AutoencoderKL, FluxControlPipeline, FluxPipeline
+from tqdm import tqdm
 
-import argparse  # noqa: E402
-import itertools  # noqa: E402
-import re  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-from diffusers import AutoencoderKL, FluxControlPipeline, FluxPipeline  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import curate  # noqa: E402
-import evaluate  # noqa: E402
-import generate_grids  # noqa: E402
-import sample  # noqa: E402
-from miniature import exams  # noqa: E402
-import lessons  # noqa: E402
-import models  # noqa: E402
-import pretrain  # noqa: E402
-import world  # noqa: E402
+import curate
+import evaluate
+import generate_grids
+import sample
+from miniature import exams, models, pretrain, vlm_data, world
 
 NAMES = [*world.IDENTITY, *world.CONTEXT, "pose"]
-VALUES = [*lessons.VALUES[:10], world.POSE_NAMES]
+VALUES = [*vlm_data.VALUES[:10], world.POSE_NAMES]
 ATTRIBUTES = {
     "shape": "shape",
     "ears": "ears",
@@ -72,7 +64,7 @@ def held_out_panels(count, seed):
 @torch.inference_mode()
 def measure_vae(args):
     vae = AutoencoderKL.from_pretrained(
-        args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32
+        args.vae or dsd.MINIATURE / "flux" / "vae", torch_dtype=torch.float32
     )
     images, _ = held_out_panels(args.count, args.seed)
     errors = [
@@ -116,7 +108,9 @@ def measure_judge(args):
     images, attributes = held_out_panels(args.count, args.seed)
     names = [*NAMES, "all_identity", "all"]
     vae, result = (
-        AutoencoderKL.from_pretrained(args.vae or HERE / "flux" / "vae", torch_dtype=torch.float32),
+        AutoencoderKL.from_pretrained(
+            args.vae or dsd.MINIATURE / "flux" / "vae", torch_dtype=torch.float32
+        ),
         {},
     )
     for name, noise in {"as rendered": 0, "muddled by 0.3": 0.3, "muddled by 0.5": 0.5}.items():
@@ -409,7 +403,7 @@ def held_out_change(identity, count, generator):
 
 def held_out_pairs(count, generator):
     """`count` pairs of panels (count, 2, 3, s, s) in uint8 and their attributes (count, 2, 11)."""
-    images, attributes = lessons.draw_pool(count, generator, held_out_change, held_out=True)
+    images, attributes = vlm_data.draw_pool(count, generator, held_out_change, held_out=True)
     yes = torch.arange(count) % 2 == 0
     pick = torch.randint(15, (count,), generator=generator)
     same = torch.tensor([[0, 1], [0, 2], [1, 2]])[pick % 3]
@@ -436,17 +430,17 @@ def measure_vlm(args):
     captions = curate.ask(*model, panels, curate.DESCRIBE_QUESTION, args.batch_size, 60)
     details = curate.ask(*model, panels, curate.DETAILS_QUESTION, args.batch_size, 60)
     orders = curate.ask(*model, cases[:200], curate.INSTRUCTION_QUESTION, args.batch_size, 60)
-    wanted = [lessons.instruction(*pair.tolist()) for pair in attributes[:200]]
+    wanted = [vlm_data.instruction(*pair.tolist()) for pair in attributes[:200]]
     kept = 1 - (attributes[:200, 0, :7] != attributes[:200, 1, :7]).sum(1) / 4
     subject = curate.ask(*model, cases[:200], exams.SUBJECT_SCORE_QUESTION, args.batch_size, 200)
     asked = [
-        lessons.panel_lesson(row, 1.0, generator) for row in attributes[:200, 0].tolist()
+        vlm_data.panel_lesson(row, 1.0, generator) for row in attributes[:200, 0].tolist()
     ]  # prompts right in part
     prompt = curate.ask(*model, panels, [question for question, _ in asked], args.batch_size, 100)
     share = lambda said, true: sum(a == b for a, b in zip(said, true)) / len(said)  # noqa: E731
     scores = lambda answers: [exams.parse_score(answer) for answer in answers]  # noqa: E731
     result = verdicts(answers, attributes[:, :, :7]) | {
-        "descriptions_exact": share(captions, [lessons.caption(t) for t in truth]),
+        "descriptions_exact": share(captions, [vlm_data.caption(t) for t in truth]),
         "details_exact": share(details, [world.details(t[:7]) for t in truth]),
         "instructions_exact": share(orders, wanted),
         "subject_scores_exact": share(scores(subject), kept.tolist()),
@@ -533,18 +527,20 @@ def main():
     )
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument(
-        "--vlm", default=str(HERE / "vlm"), help='"" measures the teacher without it'
+        "--vlm", default=str(dsd.MINIATURE / "vlm"), help='"" measures the teacher without it'
     )
-    parser.add_argument("--model", default=str(HERE / "flux"), help="the teacher's folder")
-    parser.add_argument("--judge", default=str(HERE / "judge"))
+    parser.add_argument("--model", default=str(dsd.MINIATURE / "flux"), help="the teacher's folder")
+    parser.add_argument("--judge", default=str(dsd.MINIATURE / "judge"))
     parser.add_argument(
         "--witness",
-        default=str(HERE / "witness"),
+        default=str(dsd.MINIATURE / "witness"),
         help="teacher: a second judge; a VLM cannot "
         "be expected to agree with the first more than this one does",
     )
     parser.add_argument(
-        "--adapter", default=str(HERE / "adapter"), help="moved, seen: the adapter's folder"
+        "--adapter",
+        default=str(dsd.MINIATURE / "adapter"),
+        help="moved, seen: the adapter's folder",
     )
     parser.add_argument(
         "--pairs",

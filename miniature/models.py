@@ -26,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import world
+from miniature import world
 
 PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
 VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens

@@ -1,4 +1,4 @@
-"""Makes the miniature's models from nothing: `python miniature/pretrain.py all`, or one by one `vae`, then `flux`,
+"""Makes the miniature's models from nothing: `python -m miniature.pretrain all`, or one by one `vae`, then `flux`,
 `vlm`, `judge` and `witness`, a second judge.
 
 Each command writes the folder that is committed (miniature/flux, miniature/vlm, miniature/judge, ...) and keeps its
@@ -13,33 +13,27 @@ committed): then from the exported weights, with a fresh optimiser.
 What each costs on two CPU cores, and how good it gets, is in miniature/README.md.
 """
 
-import sys
+import dsd
+
+import argparse
+import functools
+import json
+import math
+import shutil
+import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-import dsd  # noqa: E402; first: it silences the libraries' notices
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import shutil  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL, FluxPipeline  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.benchmark import Timer  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import lessons  # noqa: E402
-import models  # noqa: E402
-import world  # noqa: E402
+from miniature import models, vlm_data, world
 
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
@@ -507,15 +501,15 @@ def draw_references(args, count=8):
 def pool_of_panels(args):
     """The training pool, drawn once and kept in runs/pretrain/vlm. A quarter of it has gone through the VAE, as every
     panel that curation will see has."""
-    path = Path("runs/pretrain/vlm") / f"panels_{lessons.POOL}_{args.seed}_vae.safetensors"
+    path = Path("runs/pretrain/vlm") / f"panels_{vlm_data.POOL}_{args.seed}_vae.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         vae = AutoencoderKL.from_pretrained(
             args.out / "flux" / "vae", torch_dtype=torch.float32
         ).to(args.device)
         generator = torch.Generator().manual_seed(args.seed + 77)
-        images, attributes = lessons.draw_pool(lessons.POOL, generator, device=args.device)
-        quarter = images[: lessons.POOL // 4]
+        images, attributes = vlm_data.draw_pool(vlm_data.POOL, generator, device=args.device)
+        quarter = images[: vlm_data.POOL // 4]
         images[: len(quarter)] = through_vae(quarter.flatten(0, 1), vae, args.precision).view(
             quarter.shape
         )
@@ -540,14 +534,14 @@ def pretrain_vlm(args):
     """First the vision tower learns to see (all attributes of single panels), then the language model to compare two
     descriptions, from text alone; then the whole learns to answer. In one go the same takes many times as long."""
     images, attributes = pool_of_panels(args)
-    vlm, processor = models.make_vlm(lessons.vlm_words())
+    vlm, processor = models.make_vlm(vlm_data.vlm_words())
     if args.start:
         models.take_over(vlm, type(vlm).from_pretrained(args.start, dtype=torch.float32))
-    net = lessons.Lessons(vlm, processor).to(args.device).train()
+    net = vlm_data.Lessons(vlm, processor).to(args.device).train()
     n = args.batch_size // 4
 
     def panels(group, panel, generator):
-        return lessons.degrade(images[group, panel].float() / 127.5 - 1, generator).to(args.device)
+        return vlm_data.degrade(images[group, panel].float() / 127.5 - 1, generator).to(args.device)
 
     def seeing(step, generator):
         group = torch.randint(len(images), (args.batch_size,), generator=generator)
@@ -557,10 +551,10 @@ def pretrain_vlm(args):
         )
 
     def comparing(step, generator):
-        return net.comparing_loss(lessons.draw_descriptions(args.batch_size // 2, generator))
+        return net.comparing_loss(vlm_data.draw_descriptions(args.batch_size // 2, generator))
 
     def answering(step, generator):
-        pairs = lessons.draw_pairs(attributes, n, generator).view(n * 2, 2)
+        pairs = vlm_data.draw_pairs(attributes, n, generator).view(n * 2, 2)
         single = torch.stack(
             [
                 torch.randint(len(images), (n,), generator=generator),
@@ -573,16 +567,16 @@ def pretrain_vlm(args):
         features = net.see(panels(group, panel, generator))
         told = rows.tolist()
         about_pairs = [
-            lessons.pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)
+            vlm_data.pair_lesson(told[2 * i], told[2 * i + 1], kind[0, i]) for i in range(n)
         ]
         about_panels = [
-            lessons.panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)
+            vlm_data.panel_lesson(told[2 * n + i], kind[1, i], generator) for i in range(n)
         ]
         return (
             net.answer_loss(features[: 2 * n], about_pairs)
             + 0.5 * net.answer_loss(features[2 * n :], about_panels)
             + 0.5 * net.attribute_loss(features, rows.to(args.device))
-            + 0.5 * net.comparing_loss(lessons.draw_descriptions(n // 2, generator))
+            + 0.5 * net.comparing_loss(vlm_data.draw_descriptions(n // 2, generator))
         )
 
     def picture(path):
@@ -627,7 +621,7 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
     if args.start:
         models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
     judge.to(args.device).train()
-    sizes = [len(values) for values in lessons.VALUES]
+    sizes = [len(values) for values in vlm_data.VALUES]
 
     def loss_of_step(step, generator):
         n = args.batch_size
@@ -640,7 +634,7 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
         pose = world.in_pose(pose, named)
         x = world.render(identity, context, pose, models.PANEL) * 2 - 1
         clean = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(clean, x, lessons.degrade(lessons.warp(x, generator), generator))
+        x = torch.where(clean, x, vlm_data.degrade(vlm_data.warp(x, generator), generator))
         logits = judge(pixel_values=x.to(args.device)).logits.float().split(sizes, 1)
         wanted = torch.cat([identity, context, named[:, None]], 1).to(args.device)
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
@@ -746,7 +740,10 @@ def main():
         help="flux, on a CUDA GPU: replay the passes as CUDA graphs (a step costs half or a third)",
     )
     parser.add_argument(
-        "--out", type=Path, default=HERE, help="where the models' folders go (default: this folder)"
+        "--out",
+        type=Path,
+        default=dsd.MINIATURE,
+        help="where the models' folders go (default: this folder)",
     )
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the lessons need no network
 
 import dsd  # noqa: E402; first: it silences the libraries' notices
@@ -32,7 +32,7 @@ from matplotlib import pyplot  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import curate  # noqa: E402
-import world  # noqa: E402
+from miniature import world  # noqa: E402
 
 PartialState(
     cpu=not torch.cuda.is_available()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
+sys.path.insert(0, str(ROOT))
 
 import dsd  # first: it silences the libraries' notices
 
@@ -20,7 +20,7 @@ from diffusers import FluxControlPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import curate
-import world
+from miniature import world
 
 COUNTS = collections.Counter()  # what was tried, for the README
 TIMEOUT = 1800  # seconds; no measure of speed: it only ends what hangs
@@ -134,13 +134,17 @@ def pairs(tmp_path_factory):
 
 # ---- running the scripts ---------------------------------------------------------------------------------------------
 def run_script(script, *args, cwd, code=0):
-    """A script in a process of its own; its exit code must be `code`. Returns (stdout, stderr)."""
+    """A script in a process of its own, or with a name like miniature.pretrain a module; its exit code must be `code`.
+
+    Returns (stdout, stderr)."""
+    program = [ROOT / script] if script.endswith(".py") else ["-m", script]
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
+        [sys.executable, *map(str, [*program, *args])],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr

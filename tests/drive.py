@@ -8,9 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import dsd  # which lets Python find the scripts
-
 from accelerate import PartialState
+from conftest import dsd  # which lets Python find the scripts
 
 BATCHES = {
     "generate_grids": "draw_grids",

@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import curate
 import finetune
 import generate_grids
-import models
 import sample
+from miniature import models
 
 TRACE = Path(tempfile.gettempdir()) / f"unpickled-{os.getpid()}"
 BOMB = f"cos\nmkdir\n(S'{TRACE}'\ntR.".encode()  # a pickle: to load it makes this folder

@@ -1,13 +1,13 @@
 """Answers as public vision-language models of different families write them, complete and incomplete, and what
 curate.parse makes of them. The texts are our own; what is real about them is their form."""
 
-import curate  # first of all: it imports dsd
-
 from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import BatchFeature
+
+import curate  # first of all: it imports dsd
 
 FOX = ["subject: fox", "image 1: red", "image 2: red", "compare: same", "verdict: yes"]
 YES = {  # who writes so: an answer of this form

@@ -54,7 +54,7 @@ PHASES = {  # script -> what the paths of each phase's files match, in the order
         r"scatter\.png": 4,
         r"contact_sheet\.png": 4,
     },
-    "pretrain": {r"judge/log\.jsonl": 4, r"judge/checkpoint\.pt": 6, r"out/judge": 4},
+    "miniature.pretrain": {r"judge/log\.jsonl": 4, r"judge/checkpoint\.pt": 6, r"out/judge": 4},
 }
 SCRIPTS = {name: importlib.import_module(name) for name in PHASES}
 
@@ -182,7 +182,7 @@ def whole(tmp_path_factory, flux, vlm, pairs):
             "--steps",
             1,
         ],
-        "pretrain": [
+        "miniature.pretrain": [
             "judge",
             "--steps",
             6,

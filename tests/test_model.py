@@ -18,7 +18,7 @@ from diffusers import FluxControlPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from miniature import exams, rivals
+from miniature import ablations, exams
 
 FACTS = {
     "frames": 2,
@@ -85,12 +85,12 @@ def test_only_the_loras_of_the_blocks_and_the_condition_columns_learn():
     )
 
 
-@pytest.mark.parametrize("kind", rivals.RIVALS)
+@pytest.mark.parametrize("kind", ablations.RIVALS)
 def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_what_is_evaluated(
     kind, pairs, tmp_path
 ):
     run_script(
-        "miniature/rivals.py",
+        "miniature.ablations",
         kind,
         "--pairs",
         pairs,
@@ -118,21 +118,21 @@ def test_a_rival_is_at_first_the_teacher_then_learns_from_the_pairs_and_draws_wh
     pipe = dsd.load_pipeline(FluxPipeline, dsd.MINIATURE / "flux", dtype=torch.float32)
     x, reference, *rest = random_inputs(h=8, w=8)
     teacher = predict(pipe.transformer, x, *rest)
-    new = rivals.load(kind, pipe.transformer, args)
+    new = ablations.load_rival(kind, pipe.transformer, args)
     torch.testing.assert_close(
         predict(new, torch.cat([x, reference], 2), *rest), teacher, atol=1e-5, rtol=0
     )
     assert not any(
         "transformer.x_embedder" in name for name in new.trained()
     )  # the teacher is frozen
-    learned = rivals.load(kind, new.transformer, args, tmp_path / "out")
+    learned = ablations.load_rival(kind, new.transformer, args, tmp_path / "out")
     v, other = (
         predict(learned, torch.cat([x, given], 2), *rest) for given in (reference, -reference)
     )
     assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
-    assert [image.size for image in rivals.draw(pipe, exams.world_cases([0], 1, 0, 32), args)] == [
-        (32, 32)
-    ] * 2
+    assert [
+        image.size for image in ablations.draw_rival(pipe, exams.world_cases([0], 1, 0, 32), args)
+    ] == [(32, 32)] * 2
 
 
 # ---- the adapter file ------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from conftest import ROOT, TIMEOUT, pictures, written
 from PIL import Image
 from safetensors.torch import load_file
 
-
 STEPS = {  # script -> its folder in runs/, the files in it but for a cache, what it prints besides its progress bars
     "generate_grids": (
         "grids",
@@ -185,7 +184,11 @@ def drive(folder, commands, *launcher, **env):
 def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, commands, tmp_path):
     steps = [[script, *args] for script, args in commands.items()] + [
         [script, "--help"]
-        for script in ("evaluate", "ablations", "benchmark", "computed", "measure", "pretrain")
+        for script in (
+            "evaluate",
+            *(f"miniature.{name}" for name in ("ablations", "benchmark", "computed")),
+            *(f"miniature.{name}" for name in ("measure", "pretrain")),
+        )
     ]
     (counts,) = drive(tmp_path, steps, PYTHONHASHSEED="77")  # another order of sets
     assert written(tmp_path / "runs") == written(chain[0] / "runs")

@@ -6,14 +6,11 @@ import re
 import shutil
 import sys
 
-import lessons
-import models
-import pretrain
 import pytest
 import torch
-import world
 
 import generate_grids
+from miniature import models, pretrain, vlm_data, world
 
 ALL = torch.arange(world.N_IDENTITIES)
 SIZES = [len(values) for values in world.IDENTITY.values()]
@@ -160,7 +157,7 @@ def test_pictures_are_within_0_and_1_and_depend_neither_on_chance_nor_on_their_b
 
 @pytest.mark.parametrize("column", range(10), ids=[*world.IDENTITY, *world.CONTEXT])
 def test_every_value_of_an_attribute_looks_different(column):
-    n, (difference, pixels) = len(lessons.VALUES[column]), (0.1, 6) if column < 7 else (0.05, 20)
+    n, (difference, pixels) = len(vlm_data.VALUES[column]), (0.1, 6) if column < 7 else (0.05, 20)
     rows = torch.tensor([[0, 1, 0, 0, 7, 1, 1, 0, 0, 0]]).repeat(n, 1)
     rows[:, column] = torch.arange(n)
     images = world.render(rows[:, :7], rows[:, 7:], POSE.repeat(n, 1), 32)
@@ -203,7 +200,7 @@ def test_a_critter_is_where_its_pose_says(pose, place, wide, turned):
 def test_warp_moves_a_spot_by_one_to_three_pixels_and_differently_in_every_panel(g):
     line = torch.arange(32.0)
     spot = torch.exp(-((line[:, None] - 16) ** 2 + (line - 16) ** 2) / 8).expand(64, 3, 32, 32)
-    moved = lessons.warp(spot, g)
+    moved = vlm_data.warp(spot, g)
     mass = moved[:, 0] / moved[:, 0].sum((1, 2), keepdim=True)
     place = (
         torch.stack([(mass.sum(1) * line).sum(1), (mass.sum(2) * line).sum(1)], 1) - 16
@@ -213,9 +210,9 @@ def test_warp_moves_a_spot_by_one_to_three_pixels_and_differently_in_every_panel
         and place.abs().amax(1).mean() > 1
         and place.unique(dim=0).shape == (64, 2)
     )
-    assert torch.equal(moved, lessons.warp(spot, g.manual_seed(0)))
+    assert torch.equal(moved, vlm_data.warp(spot, g.manual_seed(0)))
     grey = torch.full((2, 3, 32, 32), 0.3)  # of a border no other colour comes in
-    assert torch.allclose(lessons.warp(grey, g), grey, atol=1e-6)
+    assert torch.allclose(vlm_data.warp(grey, g), grey, atol=1e-6)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -319,7 +316,7 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(tmp
         {"steps": 2, "batch_size": 8, "sight_steps": 1, "word_steps": 1, "sheets": 8},
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lessons, "POOL", 4)
+    monkeypatch.setattr(vlm_data, "POOL", 4)
     monkeypatch.setattr(
         pretrain,
         "fit",
@@ -358,7 +355,7 @@ def test_a_run_goes_on_in_the_number_format_it_began_with(tmp_path, call, monkey
 
 
 def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(drawn, g):
-    _, rows = lessons.draw_pool(200, g)  # (200, 6, 11)
+    _, rows = vlm_data.draw_pool(200, g)  # (200, 6, 11)
     identity, pose = rows[..., :7], rows[..., 10]
     assert (
         pose.unique().tolist() == list(range(len(world.POSES)))
@@ -394,9 +391,9 @@ def test_the_vlm_s_lessons_know_poses(changes, order, score):
         3,
     ]  # a round horned critter jumping on the beach at sunset with a hat
     other = [changes.get(column, value) for column, value in enumerate(row)]
-    assert lessons.instruction(row, other) == order
-    question, answer = lessons.prompt_lesson(row, other)
+    assert vlm_data.instruction(row, other) == order
+    question, answer = vlm_data.prompt_lesson(row, other)
     assert "critter jumping on the beach" in answer and answer.endswith(f"score: {score}")
-    assert answer.count(" different") == len(changes) and lessons.caption(other) in question
-    known = models.vlm_tokenizer(lessons.vlm_words())
+    assert answer.count(" different") == len(changes) and vlm_data.caption(other) in question
+    known = models.vlm_tokenizer(vlm_data.vlm_words())
     assert known.unk_token_id not in known(f"{question} {answer} {order}").input_ids

@@ -2,12 +2,17 @@
 
 The layouts are those of the hub: CLIP's tokenizer from vocab.json and merges.txt, T5's from tokenizer.json, a VAE of
 factor 8, text encoders of two widths; FLUX.1-dev with a guidance embedding and a noise schedule that follows the
-resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub. Tests and the benchmark use
-them: speed and memory do not depend on what the weights are."""
+resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub.
 
-import dsd  # first: it silences the libraries' notices
+    python -m tests.random_models runs/FLUX.1-dev    # at full size, on a CUDA GPU: 34 GB in bfloat16
+
+makes what the benchmark needs at that size: speed and memory do not depend on what the weights are."""
+
+import dsd
 
 import json
+import sys
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -23,9 +28,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from miniature.computed import FLUX_1
+
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SMALL = {  # the widths are multiples of 64, since weights of 4 bits come in blocks of 64
-    "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+    "vae": FLUX_1["vae"]
+    | {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
     "text_encoder": {
         "hidden_size": 64,
         "intermediate_size": 64,
@@ -43,26 +51,6 @@ SMALL = {  # the widths are multiples of 64, since weights of 4 bits come in blo
         "pooled_projection_dim": 64,
         "axes_dims_rope": (8, 12, 12),
     },
-}
-FLUX_1 = {  # FLUX.1-dev; what is not said is the classes' own default, which is FLUX.1's
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-    },
-    "transformer": {},
 }
 
 
@@ -100,20 +88,6 @@ def write_tokenizers(folder):
     return len(words), len(pieces)
 
 
-def make_vae(size):
-    """FLUX.1's VAE but for its size."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        **size,
-    )
-
-
 def make_flux(folder, guidance_embeds=True, size=SMALL, dtype=torch.float32, device="cpu"):
     """A folder of FLUX.1-dev's classes, or, without guidance embedding, FLUX.1-schnell's."""
     torch.manual_seed(0)
@@ -122,7 +96,7 @@ def make_flux(folder, guidance_embeds=True, size=SMALL, dtype=torch.float32, dev
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=guidance_embeds, shift=3.0 if guidance_embeds else 1.0
         ),
-        "vae": lambda: make_vae(size["vae"]),
+        "vae": lambda: AutoencoderKL(**size["vae"]),
         "text_encoder": lambda: CLIPTextModel(
             CLIPTextConfig(
                 **{
@@ -226,3 +200,7 @@ def make_qwen(folder):
         images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template
     ).save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    make_flux(Path(sys.argv[1]), size=FLUX_1, dtype=torch.bfloat16, device="cuda")

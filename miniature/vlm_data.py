@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import curate
-from miniature import exams
-import models
-import world
+from miniature import exams, models, world
 
 POOL = 12_000  # groups of six panels, drawn once: see `draw_pool`
 VALUES = [
