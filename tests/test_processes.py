@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TIMEOUT, pictures, written
+from conftest import ROOT, TIMEOUT, pictures, words, written
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -182,7 +182,7 @@ def drive(folder, commands, *launcher, **env):
 
 
 def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, commands, tmp_path):
-    steps = [[script, *args] for script, args in commands.items()] + [
+    steps = [[script, *words(*args)] for script, args in commands.items()] + [
         [script, "--help"]
         for script in (
             "evaluate",
@@ -200,7 +200,8 @@ def test_two_processes_write_what_one_writes_and_share_the_work(chain, commands,
     one, two = chain[0] / "runs" / "adapter", tmp_path / "two"
     shutil.copytree(one, tmp_path / "runs" / "adapter")  # which sample.py uses
     steps = [
-        [script, *commands[script]] for script in ("generate_grids", "curate", "sample", "finetune")
+        [script, *words(*commands[script])]
+        for script in ("generate_grids", "curate", "sample", "finetune")
     ]
     steps[-1] += ["--out", "two"]  # the last one, since it ends what connects the processes
     counts = drive(
