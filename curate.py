@@ -17,17 +17,15 @@ Started again after an interruption, the same command asks only about batches th
 curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the same command again.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import collections
 import itertools
-import json
 import random
 import re
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from PIL import ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -365,7 +363,7 @@ def parse_args():
         help="longest answer; longer ones count as truncated",
     )
     parser.add_large_model_options(offload=False)
-    return parser.parse("curate", source="vlm")
+    return parser.parse("curate", folder="vlm")
 
 
 def read_grids(args):
@@ -391,11 +389,8 @@ def read_grids(args):
 
 def main():
     args = parse_args()
-    grids, state = read_grids(args), PartialState()
-    with (
-        state.main_process_first()
-    ):  # nobody writes before the main process has accepted the folder
-        dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
+    grids = read_grids(args)
+    lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
     missing = {n for n, grid in grids.items() if not is_done(n, grid, args)}
     model = load_vlm(args.vlm, args.quantize) if missing else None
     for batch in dsd.batches(
@@ -403,8 +398,7 @@ def main():
     ):  # a 2x2 grid has six pairs
         if missing & dict(batch).keys():
             curate_batch(dict(batch), model, args)
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if not dsd.is_main_process():
         return
     records = [r for n, grid in grids.items() for r in transcript(n, grid, args)]
     pairs = training_pairs(records)
@@ -422,6 +416,7 @@ def main():
         f"{summary['yes']} of {summary['pairs']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
         f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}"
     )
+    lock.release()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Diffusion Self-Distillation (DSD): the core that every script shares. The method comes first, housekeeping after it.
+"""Diffusion Self-Distillation (DSD): the core that every script shares. The method comes first.
 
-A text-to-image model draws grids of one subject, the grids are cut into pairs, and the same model learns from the pairs
-to follow a reference image (Cai et al., "Diffusion Self-Distillation for Zero-Shot Customized Image Generation", CVPR
-2025, arXiv 2411.18616). In comments, "R" marks what we took from the authors' released inference code because the
-paper is silent, and "*" marks our own choices.
+A text-to-image model draws grids of one subject, the grids are cut into pairs, and the same model
+learns from the pairs to follow a reference image (Cai et al., "Diffusion Self-Distillation for
+Zero-Shot Customized Image Generation", CVPR 2025, arXiv 2411.18616). In comments, "(released code)"
+marks what we took from the authors' released inference code because the paper is silent, and
+"(our choice)" what neither of them says.
 
-Notation: `x_0` clean latents, `eps` Gaussian noise, `sigma` in [0, 1] the noise level, `v` the velocity. Latents are
-packed: one token holds 2x2 latent pixels of 16 channels, so x has the shape (B, N, 64) with N = (h / 2) (w / 2). `I` is
-the reference image (as condition tokens) and `T` the prompt (as text embeddings).
+Notation: `x_0` clean latents, `eps` Gaussian noise, `sigma` in [0, 1] the noise level, `v` the
+velocity. Latents are packed: one token holds 2x2 latent pixels of 16 channels, so x has the shape
+(B, N, 64) with N = (h / 2) (w / 2). `I` is the reference image (as condition tokens) and `T` the
+prompt (as text embeddings).
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,40 +32,24 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-for library in (
-    diffusers,
-    transformers,
-):  # Some of the imports below print notices, so scripts import dsd first.
+MINIATURE = Path(__file__).resolve().parent / "miniature"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+# Both libraries import their parts, which print notices, when these are first used: after this.
+for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-warnings.filterwarnings(
-    "ignore", "Mismatch dtype between input and weight"
-)  # under autocast norms are in float32
-from diffusers import (
-    FluxControlPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PipelineQuantizationConfig,
-)
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from peft import LoraConfig, get_peft_model_state_dict
-
-MINIATURE = Path(__file__).resolve().parent / "miniature"
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}  # 4 bits a weight
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms, in autocast
 
 
-# ---- rectified flow --------------------------------------------------------------------------------------------------
+# ---- rectified flow ----------------------------------------------------------------------------
 def interpolate(x_0, eps, sigma):
     """x_sigma = (1 - sigma) x_0 + sigma eps, for x_0, eps (B, N, C) and sigma (B,)."""
     sigma = sigma.view(-1, 1, 1).to(x_0.dtype)
@@ -77,24 +64,28 @@ def velocity(x_0, eps):
 def sample_sigmas(n, shift, generator):
     """Draw noise levels (n,): sigma = s u / (1 + (s - 1) u) with u uniform and s = `shift`.
 
-    * These are the levels that a sampler with this shift visits. With a large s most of them are high, where colours
-    and layout are decided; the logit-normal draws of Stable Diffusion 3 hardly ever go there."""
+    (Our choice.) These are the levels that a sampler with this shift visits. With a large s most of
+    them are high, where colours and layout are decided; the logit-normal draws of Stable Diffusion
+    3 hardly ever go there."""
     u = torch.rand(n, generator=generator)
     return shift * u / (1 + (shift - 1) * u)
 
 
 def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
-    """Flow-matching loss over both frames of a canvas (paper section 3.3: frame 1 is the identity, frame 2 the edit).
+    """Flow-matching loss over both frames of a canvas (section 3.3): identity, then edit.
 
-    v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns three scalars: the
-    weighted mean of the two frames' losses, and the mean squared error of each frame. The paper names no weights.
-    * The miniature gives frame 1 a tenth: with more, a model this small copies less of the reference into frame 2."""
-    first, second = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
-    first, second = first.mean(), second.mean()
-    return (weights[0] * first + weights[1] * second) / sum(weights), first, second
+    v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns
+    three scalars: the weighted mean of the two frames' losses, and the mean squared error of each.
+    The paper names no weights. (Our choice: the miniature gives frame 1 a tenth. With more, a model
+    this small copies less of the reference into frame 2.)"""
+    error_1, error_2 = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
+    loss_1, loss_2 = error_1.mean(), error_2.mean()
+    weight_1, weight_2 = weights
+    loss = (weight_1 * loss_1 + weight_2 * loss_2) / (weight_1 + weight_2)
+    return loss, loss_1, loss_2
 
 
-# ---- latents and tokens ----------------------------------------------------------------------------------------------
+# ---- latents and tokens ------------------------------------------------------------------------
 def pack(latents):
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C): each token holds a 2x2 block of latent pixels."""
     return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
@@ -102,45 +93,52 @@ def pack(latents):
 
 def unpack(tokens, h, w):
     """(B, h/2 * w/2, 4 C) -> (B, C, h, w), the inverse of `pack`."""
-    return torch.nn.functional.pixel_shuffle(
-        tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2
-    )
+    blocks = tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2))  # (B, 4 C, h/2, w/2)
+    return torch.nn.functional.pixel_shuffle(blocks, 2)
 
 
 def position_ids(h, w):
-    """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column) for each token.
+    """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column), as floats.
 
-    The two frames of a canvas share one coordinate system, like the halves of one wide image (R)."""
-    return torch.cartesian_prod(
-        torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2)
-    )  # floats, as FLUX wants
+    The two frames of a canvas share one coordinate system, like the halves of one wide image
+    (released code)."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))
 
 
 def split_frames(tokens, h, w):
-    """Tokens (B, N, C) of a canvas of h x w latent pixels -> its left and its right frame, (B, N/2, C) each."""
+    """Tokens (B, N, C) of a canvas of h x w latent pixels -> left and right frame, (B, N/2, C)."""
     left, right = tokens.unflatten(1, (h // 2, w // 2)).chunk(2, dim=2)  # (B, h/2, w/4, C) each
     return left.flatten(1, 2), right.flatten(1, 2)
 
 
 @torch.no_grad()
 def encode(vae, pixels, generator=None):
-    """Images (B, 3, H, W) in [-1, 1] -> packed latents (B, N, 64) of about unit variance, in the pipeline's scale.
+    """Images (B, 3, H, W) in [-1, 1] -> packed latents (B, N, 64) of about unit variance.
 
-    Returns the posterior mean, or a sample if a generator (or a list of one for each image) is given."""
+    Returns the posterior's mean, or a sample if there is a generator (or a list of one for each
+    image)."""
     posterior = vae.encode(pixels.to(PartialState().device, vae.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator=generator)
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
-# ---- images: grids and canvases --------------------------------------------------------------------------------------
+@torch.no_grad()
+def decode(vae, tokens, h, w):
+    """Packed latents (B, N, 64) of h x w latent pixels -> images (B, 3, H, W), about [-1, 1]."""
+    latents = unpack(tokens, h, w) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample
+
+
+# ---- images: grids and canvases ----------------------------------------------------------------
 def cut_grid(image, rows=2, columns=2):
-    """Cut one grid image into its panels, a list of rows * columns images in reading order."""
+    """Cut a grid into its panels, a list of rows * columns images in reading order."""
     w, h = image.width // columns, image.height // rows
-    return [
-        image.crop((c * w, r * h, (c + 1) * w, (r + 1) * h))
-        for r in range(rows)
-        for c in range(columns)
-    ]
+    panels = []
+    for row in range(rows):
+        for column in range(columns):
+            x, y = column * w, row * h
+            panels.append(image.crop((x, y, x + w, y + h)))
+    return panels
 
 
 def to_pixels(images):
@@ -150,69 +148,66 @@ def to_pixels(images):
 
 
 def canvas(reference, target=None):
-    """Two frames (B, 3, H, W) side by side: (B, 3, H, 2 W). Without a target the right frame is black (R)."""
-    return torch.cat(
-        [reference, torch.full_like(reference, -1) if target is None else target], dim=3
-    )
+    """Two frames (B, 3, H, W) side by side: (B, 3, H, 2 W). No target: black (released code)."""
+    if target is None:
+        target = torch.full_like(reference, -1)
+    return torch.cat([reference, target], dim=3)
 
 
-# ---- the two-frame model ---------------------------------------------------------------------------------------------
+# ---- the two-frame model -----------------------------------------------------------------------
 def widen(transformer):
-    """Give the transformer 64 condition channels beside its 64 noisy ones, in place, and return it.
+    """Give the transformer 64 condition channels beside its 64 noisy ones, in place; returns it.
 
-    The new columns are initialised to zero, so the output is still exactly the teacher's. The released model adds a
-    second embedder instead, x_embedder(noisy) + c_embedder(cond) (R). That sum equals one Linear on the concatenated
-    channels [noisy, cond] (B, N, 128), which is diffusers' Control form and needs no transformer class of our own."""
+    The new columns are zero, so the output is still exactly the teacher's. The released code adds a
+    second embedder instead, x_embedder(noisy) + c_embedder(cond). That sum equals one Linear on the
+    concatenated channels [noisy, cond] (B, N, 128), which is diffusers' Control form and needs no
+    transformer class of our own."""
     old = transformer.x_embedder
-    wide = torch.nn.Linear(
-        2 * old.in_features, old.out_features, device=old.weight.device, dtype=old.weight.dtype
-    )
+    channels = old.in_features
+    wide = torch.nn.Linear(2 * channels, old.out_features).to(old.weight)
     wide.weight.data = torch.cat([old.weight.data, torch.zeros_like(old.weight.data)], dim=1)
     wide.bias.data = old.bias.data
     transformer.x_embedder = wide
-    transformer.register_to_config(in_channels=2 * old.in_features, out_channels=old.in_features)
+    transformer.register_to_config(in_channels=2 * channels, out_channels=channels)
     return transformer
 
 
 def add_lora(transformer, rank):
-    """Add LoRA of `rank` to all linear layers in the blocks of a widened transformer, in place, and return it.
+    """Add LoRA to all linear layers in the blocks of a widened transformer, in place; returns it.
 
-    The condition columns W_c of the embedder are trained at full rank. They too are written as a LoRA, on x_embedder,
-    which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained is what is saved, and the file is a
-    standard FLUX Control LoRA. All B are zero at the start, so the output is still the teacher's."""
-    blocks = [
-        name
-        for name, m in transformer.named_modules()
-        if isinstance(m, torch.nn.Linear) and "blocks." in name
-    ]
+    The condition columns W_c of the embedder are trained at full rank. They too are written as a
+    LoRA, on x_embedder, which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained
+    is what is saved, and the file is a standard FLUX Control LoRA. All B are zero at the start, so
+    the output is still the teacher's."""
+    targets = ["x_embedder"]
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "blocks." in name:
+            targets.append(name)
     channels = transformer.config.out_channels
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights=True,
+        target_modules=targets,
+        rank_pattern={"x_embedder": channels},
+        alpha_pattern={"x_embedder": channels},
+    )
     transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            init_lora_weights=True,
-            target_modules=[*blocks, "x_embedder"],
-            rank_pattern={"x_embedder": channels},
-            alpha_pattern={"x_embedder": channels},
-        )
-    )
-    identity = transformer.x_embedder.lora_A["default"].weight  # (64, 128)
-    identity.data = torch.cat([torch.zeros(channels, channels), torch.eye(channels)], dim=1).to(
-        identity
-    )
-    identity.requires_grad_(False)
+    transformer.add_adapter(config)
+    a = transformer.x_embedder.lora_A["default"].weight  # (64, 128)
+    a.data = torch.eye(channels, 2 * channels).roll(channels, dims=1).to(a)  # [0 | I]
+    a.requires_grad_(False)
     return transformer
 
 
 def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
-    """One forward pass: tokens (B, N, 128), sigma (B,), text = (embeds (B, L, D), pooled (B, P)), ids (N, 3) -> the
-    velocity (B, N, 64)."""
+    """One forward pass: the velocity (B, N, 64) at noise level sigma (B,).
+
+    tokens (B, N, 128); text: T5's embeddings (B, L, D) and CLIP's pooled one (B, P); ids (N, 3);
+    guidance_scale: distilled guidance, for models that have it."""
     embeds, pooled = text
-    config = getattr(
-        transformer, "module", transformer
-    ).config  # training on several GPUs wraps the model
-    guidance = torch.full_like(sigma, guidance_scale) if config.guidance_embeds else None
+    model = getattr(transformer, "module", transformer)  # several GPUs: training wraps the model
+    guidance = torch.full_like(sigma, guidance_scale) if model.config.guidance_embeds else None
     return transformer(
         hidden_states=tokens,
         timestep=sigma.to(tokens.dtype),
@@ -226,34 +221,44 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
-    """B prompts -> (T5 embeddings (B, L, D), pooled CLIP embeddings (B, P)); L is the tokenizer's limit."""
+    """B prompts -> T5's embeddings (B, L, D), where L is the tokenizer's limit, CLIP's (B, P)."""
     prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
-    return pipe.encode_prompt(
-        prompts, prompts, max_sequence_length=pipe.tokenizer_2.model_max_length
-    )[:2]
+    limit = pipe.tokenizer_2.model_max_length
+    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=limit)
+    return embeds, pooled
 
 
-# ---- guidance and sampling -------------------------------------------------------------------------------------------
+# ---- guidance and sampling ---------------------------------------------------------------------
 def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
-    """The velocity at x (B, N, 64), pushed from the unconditional one towards the reference and towards the prompt (R):
+    """The velocity at x, pushed towards the reference and towards the prompt (released code):
     v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)).
 
-    model(x, condition, text) -> v; condition (B, N, 64), whose null form is zeros (R); text: a tuple of tensors with B
-    rows; null_text: the same for the null prompt "" (R), with one row or B. The passes run as one batch; a pass whose
-    weight is 0 is skipped. (The released code ignores s_t unless s_i > 1; here each scale works by itself.)"""
+    model(x, condition, text) -> v; x, condition (B, N, 64); null condition: zeros (released code);
+    text: tensors with B rows; null_text: the same for "" (released code), with one row or B. A pass
+    of weight 0 is left out. The released code ignores s_t unless s_i > 1; here each works alone."""
+    nothing = torch.zeros_like(condition)
     null_text = [part.expand(len(x), *part.shape[1:]) for part in null_text]
-    weights = 1 - s_i, s_i - s_t, s_t  # of v(0,0), v(I,0) and v(I,T): the formula, sorted by pass
-    passes = (torch.zeros_like(condition), null_text), (condition, null_text), (condition, text)
-    weights, passes = zip(
-        *[(weight, given) for weight, given in zip(weights, passes) if weight != 0]
-    )
-    n = len(weights)
-    v = model(
-        torch.cat([x] * n),
-        torch.cat([c for c, _ in passes]),
-        tuple(torch.cat(parts) for parts in zip(*[t for _, t in passes])),
-    )  # (n B, N, 64)
-    return sum(weight * part for weight, part in zip(weights, v.chunk(n)))
+    passes = [  # the formula, sorted by v
+        (1 - s_i, nothing, null_text),
+        (s_i - s_t, condition, null_text),
+        (s_t, condition, text),
+    ]
+    v = 0
+    for weight, reference, prompt in passes:
+        if weight != 0:
+            v = v + weight * model(x, reference, prompt)
+    return v
+
+
+def start_schedule(pipe, steps, tokens):
+    """Set the scheduler to so many Euler steps for an image of so many tokens, as stock pipelines
+    do: FLUX.1-dev shifts the noise levels by them. Returns the timesteps, 1000 sigma."""
+    c = pipe.scheduler.config
+    ends = c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift
+    mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens, *ends)
+    sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+    pipe.scheduler.set_timesteps(sigmas=sigmas, device=pipe._execution_device, mu=mu)
+    return pipe.scheduler.timesteps
 
 
 @torch.no_grad()
@@ -270,205 +275,172 @@ def sample_edit(
     unguided_steps=2,
     frames=2,
 ):
-    """Zero-shot sampling (paper section 3.3): B images that show the references' subjects as the prompts say.
+    """Zero-shot sampling (section 3.3): B images of the references' subjects, as the prompts say.
 
-    references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers, one for each image's
-    own generator, so that the batch size changes an image by rounding only; guidance_scale: distilled guidance, for
-    models that have it. Both frames are denoised from noise and the left one is thrown away (R). With frames=1 (an
-    ablation) only frame 2 is drawn. Returns a list of images."""
-    vae, transformer, device = pipe.vae, pipe.transformer, pipe._execution_device
+    references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers,
+    one for each image's own generator, so that the batch size changes an image by rounding only;
+    the first steps are not guided (released code). Both frames are denoised from noise and the left
+    one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone."""
+    vae, transformer = pipe.vae, pipe.transformer
+    dtype, device = transformer.dtype, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    given = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
-    condition = encode(vae, given, generators).to(
-        transformer.dtype
-    )  # (B, N, 64); a sample (R), in training the mean
-    height, width = given.shape[2:]
+    shown = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
+    height, width = shown.shape[2:]
+    # (B, N, 64); a sample of the posterior (released code), while training takes the mean
+    condition = encode(vae, shown, generators).to(dtype)
     x, ids = pipe.prepare_latents(
-        len(seeds), vae.config.latent_channels, height, width, transformer.dtype, device, generators
+        len(seeds), vae.config.latent_channels, height, width, dtype, device, generators
     )  # (B, N, 64) and (N, 3)
 
-    def model(x, condition, text):
-        tokens = torch.cat([x, condition], dim=2)  # (n B, N, 128)
-        sigma = (
-            t.expand(len(x)).to(x.dtype) / 1000
-        )  # (n B,), t is the loop's; cast first, as in diffusers and R
+    def predict(sigma, x, condition, text):
+        tokens = torch.cat([x, condition], dim=2)  # (B, N, 128)
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
-    config, names = (
-        pipe.scheduler.config,
-        ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"),
-    )
-    mu = calculate_shift(
-        x.shape[1], *(config[name] for name in names)
-    )  # FLUX.1-dev's shift; other models ignore it
-    pipe.scheduler.set_timesteps(
-        sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device, mu=mu
-    )
-    for i, t in enumerate(pipe.scheduler.timesteps):  # t = 1000 sigma
-        s_i, s_t = (
-            (image_guidance, text_guidance) if i >= unguided_steps else (1.0, 1.0)
-        )  # none in the first steps (R)
+    for i, t in enumerate(start_schedule(pipe, steps, tokens=x.shape[1])):
+        sigma = t.expand(len(x)).to(dtype) / 1000  # (B,), cast first (released code)
+        model = functools.partial(predict, sigma)
+        guided = i >= unguided_steps
+        s_i, s_t = (image_guidance, text_guidance) if guided else (1.0, 1.0)
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
 
-    latents = unpack(x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    decoded = vae.decode(
-        (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-    ).sample
+    decoded = decode(vae, x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
-    return to_images(
-        pipe.image_processor.postprocess(decoded[..., -references.shape[3] :], output_type="pt")
-    )
+    frame_2 = decoded[..., -references.shape[3] :]
+    return to_images(pipe.image_processor.postprocess(frame_2, output_type="pt"))
 
 
-# ---- the adapter file ------------------------------------------------------------------------------------------------
+# ---- the adapter file --------------------------------------------------------------------------
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
-    """Write the adapter as FluxControlPipeline.load_lora_weights(folder) reads it; same weights, same bytes.
+    """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
 
-    facts: what sampling must know: frames, width, height, prompt_tokens and the guidance scales. They go into
-    diffusers' own metadata entry, since safetensors writes several entries in no fixed order."""
-    config = transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
-    about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
-    tensors = {
-        f"transformer.{name}": tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in get_peft_model_state_dict(transformer).items()
-    }
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise DsdError(
-            "the adapter's weights are not finite and are not saved; try a lower --learning_rate"
-        )
+    facts: what sampling must know, {name: number}: frames, width, height, prompt_tokens and the
+    guidance scales. They go into diffusers' own metadata entry, since safetensors writes several
+    entries in no fixed order."""
+    metadata = {"dsd": facts}
+    for name, value in transformer.peft_config["default"].to_dict().items():
+        metadata[f"transformer.{name}"] = sorted(value) if isinstance(value, set) else value
+    tensors = {}
+    for name, tensor in get_peft_model_state_dict(transformer).items():
+        tensors[f"transformer.{name}"] = tensor.detach().to("cpu", dtype).contiguous()
+        if not tensor.isfinite().all():
+            raise DsdError(
+                "the adapter's weights are not finite and are not saved; lower --learning_rate"
+            )
+    text = json.dumps(metadata, indent=2, sort_keys=True)
     with writing(Path(folder) / ADAPTER_FILE) as part:
-        save_file(
-            tensors, part, {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
-        )
+        save_file(tensors, part, {"lora_adapter_metadata": text})
+
+
+def adapter_file(adapter):
+    """The file of an adapter, which is given as a folder, a file or a name on the hub."""
+    name = Path(adapter).as_posix()
+    if not Path(adapter).exists() and name.count("/") == 1:
+        with explained(f"no adapter {name}, neither here nor on the hub"):
+            patterns = [ADAPTER_FILE, "transformer/*.safetensors"]
+            adapter = snapshot_download(name, allow_patterns=patterns)
+    file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
+    if not file.is_file():
+        raise DsdError(f"no adapter ({file.name}) in {adapter}; finetune.py trains one")
+    return file
 
 
 def adapter_facts(adapter):
-    """The file of an adapter, which is given as a folder, a file or a hub name, and the facts that `save_adapter` put
-    into it, or {}."""
-    if not Path(adapter).exists() and (name := Path(adapter).as_posix()).count("/") == 1:
-        with explained(f"no adapter {name}, neither here nor on the hub"):
-            adapter = snapshot_download(
-                name, allow_patterns=[ADAPTER_FILE, "transformer/*.safetensors"]
-            )
-    file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
-    if not file.is_file():
-        raise DsdError(
-            f"no adapter ({ADAPTER_FILE}) in {adapter}; train one with finetune.py or give --adapter"
-        )
+    """What `save_adapter` was told, {name: number}; an adapter of others draws two frames."""
+    file = adapter_file(adapter)
     with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
-        facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")).get(
-            "dsd", {}
-        )
-        if facts.get("frames", 2) not in (1, 2) or {type(fact) for fact in facts.values()} - {
-            int,
-            float,
-            type(None),
-        }:
+        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        facts = {"frames": 2, "prompt_tokens": None} | metadata.get("dsd", {})
+        numbers = all(isinstance(fact, int | float | None) for fact in facts.values())
+        if not numbers or facts["frames"] not in (1, 2):
             raise ValueError(f"it says {facts}")
-    return file, facts
+    return facts
 
 
 def load_adapter(pipe, adapter):
-    """Load an adapter into a FluxControlPipeline, in place: one of finetune.py, or the authors' released layout.
-    Returns its facts."""
-    file, facts = adapter_facts(adapter)
-    with explained(
-        f"the adapter {file} does not fit this model"
-    ):  # wrong shapes, a cut file, foreign layers
+    """Load an adapter of finetune.py, or one of the authors' released layout, in place."""
+    file = adapter_file(adapter)
+    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file
         tensors = load_file(file)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("its weights are not finite")
         if (file.parent / "transformer").is_dir():
-            if getattr(pipe.transformer, "hf_quantizer", None):
-                raise DsdError(
-                    f"{file.parent} holds a whole transformer, not for weights of 4 bits; drop --quantize"
-                )
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
             raise DsdError(
                 f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter"
             )
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("its weights are not finite")
         pipe.load_lora_weights(
             str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default"
         )
         loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
-        if (
-            lost := {
-                name for name in tensors if name.startswith("transformer.") and ".lora_" in name
-            }
-            - loaded
-        ):
-            raise ValueError(
-                f"the model has no place for {len(lost)} of its layers, such as {min(lost)}"
-            )
-    return facts
+        lost = {name for name in tensors if re.match(r"transformer\..*\.lora_", name)} - loaded
+        if lost:
+            raise ValueError(f"no place for {len(lost)} of its layers, such as {min(lost)}")
 
 
 def load_released_transformer(transformer, folder):
-    """The authors' layout: `x_embedder` and `c_embedder` (R) become one embedder, weights side by side, biases added.
+    """The authors' layout: `x_embedder` and `c_embedder` become one, biases added (released code).
 
     Their files hold the LoRA's entries as well; these are read from the adapter file."""
-    state = {}
+    if getattr(transformer, "hf_quantizer", None):
+        raise DsdError(f"{folder} is a whole transformer, not of 4 bits; drop --quantize")
     with explained(f"{folder}: not a released DSD transformer for this model"):
+        state = {}
         for file in sorted(folder.glob("*.safetensors")):
-            state |= {
-                name: tensor for name, tensor in load_file(file).items() if ".lora_" not in name
-            }
-        state["x_embedder.weight"] = torch.cat(
-            [state["x_embedder.weight"], state.pop("c_embedder.weight")], dim=1
-        )
+            state |= load_file(file)
+        state = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+        columns = [state["x_embedder.weight"], state.pop("c_embedder.weight")]
+        state["x_embedder.weight"] = torch.cat(columns, dim=1)
         state["x_embedder.bias"] = state["x_embedder.bias"] + state.pop("c_embedder.bias")
         widen(transformer).load_state_dict(state)
 
 
-# ======================================================================================================================
-# The method ends here. What follows is housekeeping: devices, loading, options, files, pictures.
-# ======================================================================================================================
+# ================================================================================================
+# The method ends here. What follows is housekeeping: models, options, files, pictures.
+# ================================================================================================
 
 
-# ---- devices and models ----------------------------------------------------------------------------------------------
+# ---- devices and models ------------------------------------------------------------------------
 def weight_dtype():
-    """The number format that models are loaded in: bfloat16 on a GPU that has it natively, else float32."""
-    native = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
+    """The number format of models: bfloat16 on a GPU that has it natively, else float32."""
+    cuda = PartialState().device.type == "cuda"
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
 
 def memory_in_use():
-    """For messages: on a GPU the most memory that this process has used so far, on a CPU what it uses now."""
-    cuda = PartialState().device.type == "cuda"
-    return f"{(torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / 1e9:.1f} GB in use"
+    """For messages: on a GPU the most that was in use so far, on a CPU what is in use now."""
+    if PartialState().device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = psutil.Process().memory_info().rss
+    return f"{used / 1e9:.1f} GB in use"
 
 
 def check_here(model):
     """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
         raise DsdError(
-            f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or "
-            "newer). The miniature, in miniature/, runs anywhere"
+            f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 "
+            "(RTX 30 or newer). The miniature, in miniature/, runs anywhere"
         )
 
 
 def check_model(model, *sides):
-    """Reject, from the configuration alone, a model that is not FLUX and a picture whose sides (in pixels) are not
-    whole numbers of tokens."""
+    """Reject, from its configuration alone, a model that is not FLUX.1, and a picture whose sides
+    (in pixels) are not whole numbers of tokens."""
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
-        pipeline = FluxPipeline.load_config(model)["_class_name"]
-        load = FluxTransformer2DModel.load_config  # it reads the configuration of any part
-        vae, config = (load(model, subfolder=part) for part in ("vae", "transformer"))
-        if pipeline != "FluxPipeline" or config["in_channels"] != 64:
-            raise ValueError(
-                f"a {pipeline} of {config['in_channels']} channels; give a FluxPipeline of 64"
-            )
-        unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
-    if any(side % unit for side in sides):
-        raise DsdError(
-            f"a picture of {' x '.join(map(str, sides))} pixels: this model needs multiples of {unit}"
-        )
+        pipeline = diffusers.FluxPipeline.load_config(model)["_class_name"]
+        transformer = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+        vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
+        channels, blocks = transformer["in_channels"], len(vae["block_out_channels"])
+        if pipeline != "FluxPipeline" or channels != 64:
+            raise ValueError(f"a {pipeline} of {channels} channels; give a FluxPipeline of 64")
+    if any(side % 2**blocks for side in sides):  # a token is 2x2 latent pixels
+        size = " x ".join(map(str, sides))
+        raise DsdError(f"a picture of {size} pixels: this model needs multiples of {2**blocks}")
 
 
 def load_pipeline(
@@ -477,106 +449,100 @@ def load_pipeline(
     quantize="none",
     offload="none",
     adapter=None,
-    dtype=None,
     prompt_tokens=None,
+    dtype=None,
     **parts,
 ):
-    """A FLUX folder or hub name as a pipeline of class `cls` on the device, with an adapter if one is given.
+    """A FLUX folder or hub name as a pipeline of class `cls` on the device.
 
-    quantize and offload are the options of these names; transformer=None, for example, leaves that part out."""
+    quantize, offload, adapter are the options of these names; prompt_tokens: how many the T5 reads,
+    if not the model's own limit; transformer=None, for example, leaves that part out."""
     check_model(model)
     dtype = dtype or weight_dtype()
-    nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
-    large = (
-        {
-            "transformer": diffusers.BitsAndBytesConfig(
-                **nf4, llm_int8_skip_modules=["x_embedder"]
-            ),  # widened later
-            "text_encoder_2": transformers.BitsAndBytesConfig(**nf4),
-        }
-        if quantize == "nf4"
-        else {}
-    )
-    large = {name: config for name, config in large.items() if name not in parts}
-    config = PipelineQuantizationConfig(quant_mapping=large) if large else None
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
+        config = nf4_config(dtype, parts) if quantize == "nf4" else None
         pipe = cls.from_pretrained(
             model, dtype=dtype, use_safetensors=True, quantization_config=config, **parts
         )
     pipe.set_progress_bar_config(disable=True)
-    limits = [
-        pipe.tokenizer_2.model_max_length,
-        512 if pipe.scheduler.config.use_dynamic_shifting else 256,
-    ]  # schnell
+    own = 512 if pipe.scheduler.config.use_dynamic_shifting else 256  # FLUX.1-schnell
+    t5 = pipe.tokenizer_2
+    t5.model_max_length = min(t5.model_max_length, prompt_tokens or own)
     if adapter:
-        prompt_tokens = load_adapter(pipe, adapter).get(
-            "prompt_tokens"
-        )  # before offloading takes the weights away
-    if (
-        cls is FluxControlPipeline
-    ):  # * the prompt of a canvas describes one panel and is shorter than a grid's
-        limits.append(prompt_tokens or folder_settings(model).get("canvas_prompt_tokens", 512))
-    pipe.tokenizer_2.model_max_length = min(limits)
+        load_adapter(pipe, adapter)  # before offloading takes the weights away
+    device = PartialState().device
     if offload == "none":
-        return pipe.to(PartialState().device)
-    getattr(pipe, f"enable_{offload}_cpu_offload")(device=PartialState().device)
+        return pipe.to(device)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def nf4_config(dtype, parts):
+    """4 bits a weight for the large parts that are loaded, but not for the embedder (see widen)."""
+    nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
+    kept = ["x_embedder"]
+    configs = {
+        "transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=kept),
+        "text_encoder_2": transformers.BitsAndBytesConfig(**nf4),
+    }
+    configs = {name: config for name, config in configs.items() if name not in parts}
+    return diffusers.PipelineQuantizationConfig(quant_mapping=configs) if configs else None
 
 
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
-    dtype, device = weight_dtype(), str(PartialState().device)
-    nf4 = (
-        transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
-        if quantize == "nf4"
-        else None
-    )
+    dtype, nf4 = weight_dtype(), None
+    if quantize == "nf4":
+        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
     return cls.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, device_map=device, quantization_config=nf4
+        name,
+        dtype=dtype,
+        use_safetensors=True,
+        device_map=str(PartialState().device),
+        quantization_config=nf4,
     ).eval()
 
 
 def warn_of_prompts(pipe, prompts):
-    """Say on stderr what the T5 will not read: ends of prompts beyond its limit, and words that it does not know."""
-    t5, limit, prompts = (
-        pipe.tokenizer_2,
-        pipe.tokenizer_2.model_max_length,
-        list(dict.fromkeys(prompts)),
-    )
-    encoded = t5(prompts).input_ids
-    if long := [ids for ids in encoded if len(ids) > limit]:
+    """Say on stderr what the T5 will not read: ends of prompts, and words that it does not know."""
+    t5, limit = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length
+    if not is_main_process():
+        return
+    prompts = list(dict.fromkeys(prompts))
+    cut, unknown = [], set()
+    for prompt, ids in zip(prompts, t5(prompts).input_ids):
+        if len(ids) > limit:
+            cut.append(t5.decode(ids[limit - 1 : -1]))
+        if t5.unk_token_id in ids:
+            unknown |= {w for w in prompt.split() if t5.unk_token_id in t5(w).input_ids}
+    if cut:
         print(
-            f"warning: {len(long)} of {len(prompts)} prompts are longer than the {limit - 1} tokens that are read; "
-            f'left out of the first: "{t5.decode(long[0][limit - 1 : -1])}"',
+            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit - 1} tokens "
+            f'that are read; left out of the first: "{cut[0]}"',
             file=sys.stderr,
         )
-    words = {
-        word
-        for text, ids in zip(prompts, encoded)
-        if t5.unk_token_id in ids
-        for word in text.split()
-    }
-    if unknown := sorted(word for word in words if t5.unk_token_id in t5(word).input_ids):
-        print(
-            f"warning: {len(unknown)} words are unknown to this model: {' '.join(unknown[:10])}",
-            file=sys.stderr,
-        )
+    if unknown:
+        words = " ".join(sorted(unknown)[:10])
+        print(f"warning: {len(unknown)} words are unknown to this model: {words}", file=sys.stderr)
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------
 class DsdError(Exception):
     """A user's mistake: one line that says what is wrong and what to do."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of a script's docstring, and names an option's default where it has one."""
+    """Keeps the line breaks of a script's docstring, and names an option's default if any."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Plain argparse. Flags override the model folder's dsd.json, which overrides the defaults in the code."""
+    """Plain argparse, with what all scripts share."""
 
     def __init__(self, doc, out):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -588,54 +554,56 @@ class Parser(argparse.ArgumentParser):
         raise DsdError(f"{message}; --help explains the options")
 
     def add_large_model_options(self, offload=True):
-        self.add_argument(
-            "--quantize",
-            choices=["none", "nf4"],
-            default="none",
-            help="nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU",
-        )
+        text = "nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU"
+        self.add_argument("--quantize", choices=["none", "nf4"], default="none", help=text)
         if offload:
-            self.add_argument(
-                "--offload",
-                choices=["none", "model", "sequential"],
-                default="none",
-                help="keep weights "
-                "in main memory until they are needed: whole models, or (slower, smaller) single layers",
-            )
+            text = "keep weights in main memory until they are needed: whole models, or single "
+            text += "layers (slower, smaller)"
+            ways = ["none", "model", "sequential"]
+            self.add_argument("--offload", choices=ways, default="none", help=text)
 
-    def parse(self, step, source="model", **more):
-        """The options. Defaults for this step come from the folder of --model (or --vlm); `more` overrides them."""
-        first = argparse.ArgumentParser(
-            add_help=False, allow_abbrev=False
-        )  # reads this option only
-        first.error = self.error
-        first.add_argument(f"--{source}", dest="folder", default=self.get_default(source))
-        folder = first.parse_known_args()[0].folder
-        with explained(
-            f'{folder}/dsd.json: "{step}" must hold values of options; restore the model\'s folder'
-        ):
-            more = dict(folder_settings(folder).get(step, {}) if folder else {}) | more
-            typed = [option.dest for option in self._actions if option.type and not option.nargs]
-            if odd := [name for name in typed if isinstance(more.get(name), (list, dict))]:
-                raise ValueError(f"{odd[0]} is not one value")
-        texts = {
-            name: str(more[name]) for name in typed if more.get(name) is not None
-        }  # argparse checks texts only
-        self.set_defaults(**more | texts)
+    def peek(self, name):
+        """The value of --name on the command line, on which the defaults of others depend."""
+        value = self.get_default(name)
+        for i, word in enumerate(sys.argv):
+            if word == f"--{name}":
+                value = sys.argv[i + 1] if i + 1 < len(sys.argv) else value
+            elif word.startswith(f"--{name}="):
+                value = word.partition("=")[2]
+        return value
+
+    def parse(self, script, folder="model", **more):
+        """The options. Defaults, the strongest last: those in the code, those for this script in
+        the dsd.json of --model (or of another option that names a folder), and `more`."""
+        model = self.peek(folder)
+        self.take(folder_settings(model, script), f"{model}/dsd.json")
+        self.take(more, "the adapter")
         args = self.parse_args()
-        if args.device == "cpu" and {
-            getattr(args, name, "none") for name in ("quantize", "offload")
-        } != {"none"}:
+        large = {getattr(args, "quantize", "none"), getattr(args, "offload", "none")}
+        if args.device == "cpu" and large != {"none"}:
             raise DsdError("--quantize and --offload need a CUDA GPU")
-        PartialState(
-            cpu=args.device == "cpu"
-        )  # later PartialState() calls report this device and this process's rank
+        PartialState(cpu=args.device == "cpu")  # later PartialState() calls report this device
         return args
 
+    def take(self, values, source):
+        """Let values from a file be defaults of options, checked as if they were typed."""
+        for action in self._actions:
+            if action.dest not in values:
+                continue
+            value = values[action.dest]
+            with explained(f"{source}: --{action.dest} cannot be {value}"):
+                typed = action.type and not action.nargs and value is not None
+                action.default = action.type(value) if typed else value
 
-def folder_settings(model):
-    """What a model's folder says in its dsd.json, {script: {option: default}} and more, or {} if there is none."""
-    return read_json(Path(model) / "dsd.json")
+
+def folder_settings(model, script=None):
+    """What a model's folder says in its dsd.json, {} if it says nothing: all, or for one script."""
+    file = Path(model or "") / "dsd.json"
+    settings = read_json(file) if model else {}
+    if script is None:
+        return settings
+    with explained(f'{file}: "{script}" must hold values of options; restore the folder'):
+        return dict(settings.get(script, {}))
 
 
 def at_least(low, number=int):
@@ -650,7 +618,7 @@ def at_least(low, number=int):
     return check
 
 
-# ---- errors and files ------------------------------------------------------------------------------------------------
+# ---- errors and files --------------------------------------------------------------------------
 def run_main(main):
     """Run a script's main; a user's mistake becomes one line on stderr and exit code 2."""
     try:
@@ -661,13 +629,9 @@ def run_main(main):
         line = str(error)
     except OSError as error:  # no permission, a file where a folder should be, a full disk
         line = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch's allocators raise RuntimeError, on a GPU a subclass
-        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(
-            error, MemoryError
-        ):
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
+        full = re.search("out of memory|can't allocate memory", str(error))
+        if not full and not isinstance(error, MemoryError):
             raise
         line = f"out of memory; take a smaller --batch_size or picture ({error})"
     print("\nerror: " + " ".join(line.split()), file=sys.stderr)
@@ -676,75 +640,77 @@ def run_main(main):
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Turn any error inside, or only those in `errors`, into a DsdError: damaged files raise all kinds of errors."""
+    """Turn any error inside, or one of `errors`, into a DsdError with this message."""
+    caught = errors or Exception  # damaged files raise all kinds of errors
     try:
         yield
     except DsdError:
         raise
-    except errors or Exception as error:
-        raise DsdError(
-            f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})"
-        ) from error
+    except caught as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DsdError(f"{message} ({reason})") from error
 
 
-def open_out(args, step, changeable, **more):
-    """Make the folder --out for one run and lock it for as long as `args`, which holds the lock, is in use.
+def is_main_process():
+    """Whether this process prints and writes what belongs to all of them (several GPUs)."""
+    return PartialState().is_main_process
 
-    A run is identified by its options, except the `changeable` ones, which may differ from one start to the next, and
-    by `more`. They are kept in settings.json: the same run goes on, and another one is refused, like a folder in use.
-    Of several processes only the main one does this."""
-    if not PartialState().is_main_process:
-        return
-    run = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "device", *changeable)
-    }
-    run |= {
-        name: name_of(run[name]) for name in ("model", "vlm", "llm", "adapter") if run.get(name)
-    }
-    run = json.loads(
-        json.dumps({"step": step, **run, **more})
-    )  # in the file's form: tuples become lists
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.lock, path = FileLock(args.out / ".lock"), args.out / "settings.json"
-    with explained(
-        f"{args.out} is in use by another process; wait for it or give another --out", Timeout
-    ):
-        args.lock.acquire(blocking=False)
-    before = read_json(path)
-    names = {file.name for file in args.out.iterdir() if file.name[0] != "."} - {
-        path.name,
-        f"{path.name}.part",
-    }
-    if names and before != run:
-        odd = (
-            [
-                f"its {name} was {str(before.get(name))[:60]}"
-                for name in {**before, **run}
-                if before.get(name) != run.get(name)
-            ]
-            if before
-            else [min(names)]
-        )
-        raise DsdError(
-            f"{args.out} holds another run or other files ({odd[0]}); delete it or give another --out"
-        )
-    write_json(path, run)
+
+def batches(items, size, name):
+    """This process's batches of some items, with a progress bar; waits for the others at the end.
+
+    What is done already does not change the batches: so a run that was interrupted computes the
+    same ones, and the same bytes."""
+    state = PartialState()
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    mine = parts[state.process_index :: state.num_processes]
+    yield from tqdm(mine, name, unit="batch", disable=not state.is_main_process)
+    state.wait_for_everyone()
+
+
+def open_out(args, script, changeable, **more):
+    """Make the folder --out for one run and lock it. Returns the lock: the caller holds it.
+
+    A run is identified by its options, except the `changeable` ones, which may differ from one
+    start to the next, and by `more`. They are kept in settings.json: the same run goes on, and
+    another one is refused, like a folder in use. Of several processes the main one does this."""
+    lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
+    run = {"step": script, **vars(args), **more}
+    run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
+    for name in ("model", "vlm", "llm", "adapter"):
+        if run.get(name):
+            run[name] = name_of(run[name])
+    run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
+    with PartialState().main_process_first():  # nobody writes before the folder is accepted
+        if not is_main_process():
+            return lock
+        args.out.mkdir(parents=True, exist_ok=True)
+        in_use = f"{args.out} is in use by another process; wait for it or give another --out"
+        with explained(in_use, Timeout):
+            lock.acquire(blocking=False)
+        before = read_json(file)
+        own = (".lock", file.name, f"{file.name}.part")
+        names = [path.name for path in args.out.iterdir() if path.name not in own]
+        if names and before != run:
+            changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
+            reason = f"its {changed[0]} was {str(before.get(changed[0]))[:60]}"
+            raise DsdError(
+                f"{args.out} holds another run or other files "
+                f"({reason if before else min(names)}); delete it or give another --out"
+            )
+        write_json(file, run)
+    return lock
 
 
 @contextlib.contextmanager
 def writing(path):
-    """`with writing(path) as part:` fill the file `part`, which then replaces `path`: so it is whole or absent."""
+    """`with writing(path) as part:` fill the file `part`, which then replaces `path`: so that it is
+    whole or absent."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    full = OSError, SafetensorError, RuntimeError  # the last is torch.save's
     try:
-        with explained(
-            f"cannot write {path}; make room or give another --out",
-            OSError,
-            SafetensorError,
-            RuntimeError,
-        ):  # the last is torch.save's
+        with explained(f"cannot write {path}; make room or give another --out", *full):
             yield part
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
@@ -755,8 +721,11 @@ def writing(path):
 
 def write_json(path, value):
     """Write a JSON file; in a file named *.jsonl each item of a list gets a line of its own."""
-    items, indent = (value, None) if Path(path).suffix == ".jsonl" else ([value], 2)
-    text = "".join(json.dumps(item, indent=indent, ensure_ascii=False) + "\n" for item in items)
+    if Path(path).suffix == ".jsonl":
+        lines = [json.dumps(item, ensure_ascii=False) for item in value]
+    else:
+        lines = [json.dumps(value, ensure_ascii=False, indent=2)]
+    text = "".join(line + "\n" for line in lines)
     with writing(path) as part:
         part.write_bytes(text.encode(errors="backslashreplace"))
 
@@ -768,20 +737,20 @@ def read_json(path):
 
 
 def read_records(path, *texts):
-    """The objects in a file of JSON lines, a list. texts: names of fields that every record must have, as text."""
+    """The objects in a file of JSON lines. texts: the fields that each must have, as text."""
     records = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        with explained(
-            f"{path}, line {number}: not a record of this project; correct it or make it again"
-        ):
-            records.append(dict(json.loads(line)))
-            if odd := [name for name in texts if not isinstance(records[-1][name], str)]:
-                raise ValueError(f"{odd[0]} is not text")
+        with explained(f"{path}, line {number}: not a record; correct it or make it again"):
+            record = dict(json.loads(line))
+            for name in texts:
+                if not isinstance(record[name], str):
+                    raise ValueError(f"{name} is not text")
+            records.append(record)
     return records
 
 
 def name_of(path):
-    """How records name a model or file: relative to this project if inside, with forward slashes, else as given."""
+    """How records name a model or file: relative to this project if inside it."""
     root, whole = Path(__file__).resolve().parent, Path(path).resolve()
     inside = whole.exists() and whole.is_relative_to(root)  # a hub name does not exist here
     return whole.relative_to(root).as_posix() if inside else str(path).replace("\\", "/")
@@ -790,26 +759,13 @@ def name_of(path):
 def digest(*files, text=""):
     """The first 16 hexadecimal digits of the SHA-256 of some files' contents, and of a text."""
     parts = [hashlib.sha256(Path(file).read_bytes()).digest() for file in files]
-    return hashlib.sha256(b"".join([*parts, text.encode(errors="backslashreplace")])).hexdigest()[
-        :16
-    ]
+    parts.append(text.encode(errors="backslashreplace"))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def batches(items, size, name):
-    """This process's batches of some items, with a progress bar. What is done already does not change them: so a run
-    that was interrupted computes the same batches, and the same bytes."""
-    state, parts = PartialState(), [items[i : i + size] for i in range(0, len(items), size)]
-    return tqdm(
-        parts[state.process_index :: state.num_processes],
-        name,
-        unit="batch",
-        disable=not state.is_main_process,
-    )
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------
 def open_image(path):
-    """Any picture file as RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8, the first frame."""
+    """A picture file as RGB: turned as EXIF says, transparency on white, 16 bits scaled to 8."""
     with explained(f"{path}: not an image that can be read; give a PNG or JPEG file"):
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums; it closes the file
@@ -826,19 +782,21 @@ def open_image(path):
 
 
 def fit_image(image, width, height, fit="crop"):
-    """An image resized to width x height (bicubic: R), cropped at its centre or, with fit="pad", with white added."""
+    """An image resized (bicubic: released code), cropped at its centre or, fit="pad", with white
+    added."""
     if fit == "pad":
         return ImageOps.pad(image, (width, height), Image.BICUBIC, color="white")
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
 
 
 def to_images(pixels):
-    """(B, 3, H, W) in [0, 1] -> B images. Numbers that are not finite would become black: they are an error."""
+    """(B, 3, H, W) in [0, 1] -> B images. Numbers that are not finite are an error."""
     if not pixels.isfinite().all():
         raise DsdError(
             "the model drew a picture that is not finite; check the weights, or lower the guidance"
         )
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+    processor = diffusers.image_processor.VaeImageProcessor
+    return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
 
 def save_image(image, path, **options):
@@ -847,25 +805,22 @@ def save_image(image, path, **options):
 
 
 def contact_sheet(rows, path, side=128):
-    """Save rows of (image, caption) as one labelled picture; small images are enlarged without smoothing."""
-    width = max(
-        60, *(side * image.width // image.height for row in rows for image, _ in row)
-    )  # room for a word
-    rows = [
-        [(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows
-    ]  # 6 pixels a letter
-    heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in rows]
-    sheet = Image.new("RGB", ((width + 6) * max(map(len, rows)), sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for r, row in enumerate(rows):
-        for c, (image, lines) in enumerate(row):
-            x, y, size = (
-                (width + 6) * c + 6,
-                sum(heights[:r]) + 6,
-                (max(side * image.width // image.height, 1), side),
-            )
-            sheet.paste(
-                image.resize(size, Image.NEAREST if image.height < side else Image.LANCZOS), (x, y)
-            )
+    """Save rows of (image, caption) as one labelled picture; small images are enlarged."""
+    shapes = [image.width / image.height for row in rows for image, _ in row]
+    width = max(60, int(side * max(shapes)))  # room for a word
+    font = ImageFont.load_default(size=11)  # a letter is about 6 x 15 pixels
+    wrapped = [[textwrap.wrap(text, width // 6) for _, text in row] for row in rows]
+    heights = [side + 10 + 15 * max(map(len, texts)) for texts in wrapped]
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", ((width + 6) * columns, sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = 6
+    for row, texts, height in zip(rows, wrapped, heights):
+        for column, ((image, _), lines) in enumerate(zip(row, texts)):
+            x = (width + 6) * column + 6
+            size = max(side * image.width // image.height, 1), side
+            way = Image.NEAREST if image.height < side else Image.LANCZOS
+            sheet.paste(image.resize(size, way), (x, y))
             draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
+        y += height
     save_image(sheet, path)

@@ -21,7 +21,7 @@ and answers) for each picture. Started again, the same command makes only what i
 --references may change in between. miniature/ablations.py makes the long table, with tuned methods and ablations.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import argparse
 import collections
@@ -29,7 +29,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import FluxControlPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
@@ -128,15 +127,10 @@ def inpainting(pipe, cases, args, **more):
 
 def zero_shot(pipe, cases, args):
     """This project's method, by sample.py's own function, with the frames and distilled guidance of its training."""
-    facts = {"frames": 2, "guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)[
-        1
-    ]
-    own = argparse.Namespace(
-        **vars(args) | {name: facts[name] for name in ("frames", "guidance_scale")}
-    )
-    return sample.draw_pictures(
-        pipe, *zip(*[(case.image, case.prompt, case.seed) for case in cases]), own
-    )
+    facts = {"guidance_scale": args.guidance_scale} | dsd.adapter_facts(args.adapter)
+    own = argparse.Namespace(**vars(args) | {"guidance_scale": facts["guidance_scale"]})
+    images, prompts, seeds = zip(*[(case.image, case.prompt, case.seed) for case in cases])
+    return sample.draw_pictures(pipe, images, prompts, seeds, own, facts["frames"])
 
 
 def all_rows(args):
@@ -166,8 +160,9 @@ def load(row, args):
     """The pipeline of a row and its options."""
     args = argparse.Namespace(**vars(args) | row.train())
     adapter = args.adapter if row.pipeline is FluxControlPipeline else None
+    tokens = dsd.adapter_facts(adapter)["prompt_tokens"] if adapter else None
     return row.pipeline and dsd.load_pipeline(
-        row.pipeline, args.model, args.quantize, args.offload, adapter
+        row.pipeline, args.model, args.quantize, args.offload, adapter, tokens
     ), args
 
 
@@ -190,7 +185,6 @@ def run_row(row, cases, args):
         for case, file, record in zip(some, files, records):
             about = {"reference": case.reference, "kind": case.kind, "prompt": case.prompt}
             dsd.write_json(file.with_suffix(".json"), about | record)
-    PartialState().wait_for_everyone()
     return [dsd.read_json(file.with_suffix(".json")) for file in all_files]
 
 
@@ -405,19 +399,16 @@ def parse_args(parser):
     )
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
     sample.add_drawing_options(parser)
-    parser.set_defaults(shipped_adapter="")
-    args = parser.parse("sample")
-    adapter = args.adapter or (
-        Path(args.model) / args.shipped_adapter if args.shipped_adapter else None
-    )
-    facts = dsd.adapter_facts(adapter)[1] if adapter else {}
+    model = parser.peek("model")
+    folder = dsd.folder_settings(model)
+    adapter, shipped = parser.peek("adapter"), folder.get("sample", {}).get("shipped_adapter")
+    if not adapter and shipped:
+        adapter = Path(model) / shipped
+    facts = dsd.adapter_facts(adapter) if adapter else {}
     names = {"width", "height", "image_guidance", "text_guidance"} & set(facts)
-    args, folder = (
-        parser.parse("sample", **{name: facts[name] for name in names}),
-        dsd.folder_settings(args.model),
-    )
+    args = parser.parse("sample", **{name: facts[name] for name in names})
     args.adapter, args.true_cfg_scale = (
-        adapter,
+        adapter and Path(adapter),
         folder.get("generate_grids", {}).get("true_cfg_scale", 1.0),
     )
     args.contexts = args.contexts or (None if args.folder else 4)
@@ -462,20 +453,17 @@ def evaluate(rows, args, **more):
         for file in Path(folder).rglob("*.safetensors")
         if file.stat().st_size < 2**28
     ]  # all of the miniature; a large model is known by its name alone
-    with (
-        PartialState().main_process_first()
-    ):  # nobody writes before the main process has accepted the folder
-        dsd.open_out(
-            args,
-            "evaluate",
-            changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
-            weights=dsd.digest(*sorted(weights)),
-            folder=args.folder and dsd.name_of(args.folder),
-            judge=dsd.name_of(args.judge),
-            witness=args.witness and dsd.name_of(args.witness),
-            **more,
-            adapter_sha256=args.adapter and dsd.digest(dsd.adapter_facts(args.adapter)[0]),
-        )
+    lock = dsd.open_out(
+        args,
+        "evaluate",
+        changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
+        weights=dsd.digest(*sorted(weights)),
+        folder=args.folder and dsd.name_of(args.folder),
+        judge=dsd.name_of(args.judge),
+        witness=args.witness and dsd.name_of(args.witness),
+        **more,
+        adapter_sha256=args.adapter and dsd.digest(dsd.adapter_file(args.adapter)),
+    )
     both = [
         exams.Judge(folder) if folder and not args.folder else None
         for folder in (args.judge, args.witness)
@@ -484,9 +472,10 @@ def evaluate(rows, args, **more):
     for row in rows:
         new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, args)
-        if PartialState().is_main_process and (new or row is rows[-1]):
+        if dsd.is_main_process() and (new or row is rows[-1]):
             report(records, cases, args)
-    if PartialState().is_main_process:
+    lock.release()
+    if dsd.is_main_process():
         print((args.out / "table.md").read_text(encoding="utf-8"))
         print(
             f"{len(rows)} rows in {args.out}; look at {args.out}/contact_sheet.png and {args.out}/scatter.png"

@@ -21,7 +21,7 @@ The defaults in this file are for FLUX.1. A model's folder may bring others in i
 paper is silent, and "*" our own choices.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import math
 import random
@@ -106,7 +106,6 @@ def encode_pairs(pipe, pairs, args):
                     ),
                     file,
                 )
-    PartialState().wait_for_everyone()
 
 
 def read_cache(pairs):
@@ -153,10 +152,18 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     return [tensor.to(accelerator.device) for tensor in (x_0, eps, sigma[mine], condition, *text)]
 
 
-def batch_losses(model, batch, args):
-    """(3,): the loss of a batch (the weighted mean of both frames), and the losses of frame 1 and of frame 2."""
+def canvas_size(pipe, args):
+    """Height and width of the canvas in latent pixels."""
+    factor = pipe.vae_scale_factor
+    return args.height // factor, args.frames * args.width // factor
+
+
+def batch_losses(model, batch, size, args):
+    """(3,): the loss of a batch (the weighted mean of both frames), and the losses of frame 1 and of frame 2.
+
+    size: of the canvas, see `canvas_size`."""
     x_0, eps, sigma, condition, *text = batch
-    h, w = args.latent_size  # of the canvas
+    h, w = size
     tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
     ids = dsd.position_ids(h, w).to(tokens.device)
     v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, args.guidance_scale)
@@ -262,7 +269,7 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
     model, optimizer = accelerator.prepare(
         pipe.transformer, optimizer, device_placement=[False, True]
     )
-    first, main_process = len(log), accelerator.is_main_process
+    first, main_process, size = len(log), accelerator.is_main_process, canvas_size(pipe, args)
 
     bar = tqdm(
         range(first, args.steps),
@@ -279,8 +286,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         for _ in range(args.accumulate):
             batch = draw_batch(pairs, null_text, args, generator, accelerator)
             parts = (
-                batch_losses(model, batch, args) / args.accumulate
-            )  # both frames, frame 1, frame 2
+                batch_losses(model, batch, size, args) / args.accumulate
+            )  # both, frame 1, frame 2
             accelerator.backward(parts[0])
             losses = losses + parts.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
@@ -332,7 +339,8 @@ def validate(pipe, held_out, null_text, args, step):
             dsd.sample_sigmas(len(part), args.shift, generator),
         )
         batch = [tensor.to(device) for tensor in (x_0, eps, sigma, condition, *text)]
-        losses = losses + batch_losses(pipe.transformer, batch, args) * len(part) / len(chosen)
+        parts = batch_losses(pipe.transformer, batch, canvas_size(pipe, args), args)
+        losses = losses + parts * len(part) / len(chosen)
     for seed, pair in enumerate(chosen[:6]):
         reference, target = open_pair(args, pair)
         text = [tensor.to(device) for tensor in read_cache([pair])[2]]
@@ -521,23 +529,20 @@ def prepare(args, processes):
 def main():
     args = parse_args()
     state = PartialState()
-    with (
-        state.main_process_first()
-    ):  # the others find the settings and do not decide for themselves
-        pairs, held_out = prepare(args, state.num_processes)
-        dsd.open_out(
-            args,
-            "finetune",
-            changeable=[
-                "pairs",
-                "steps",
-                "compile",
-                "gradient_checkpointing",
-                "save_every",
-                "validate_every",
-            ],
-            pairs_sha256=dsd.digest(text=str([pair["cache"].stem for pair in [*pairs, *held_out]])),
-        )
+    pairs, held_out = prepare(args, state.num_processes)
+    lock = dsd.open_out(
+        args,
+        "finetune",
+        changeable=[
+            "pairs",
+            "steps",
+            "compile",
+            "gradient_checkpointing",
+            "save_every",
+            "validate_every",
+        ],
+        pairs_sha256=dsd.digest(text=str([pair["cache"].stem for pair in [*pairs, *held_out]])),
+    )
     accelerator = Accelerator(mixed_precision=args.precision, cpu=state.device.type == "cpu")
 
     # phase 1: encode, then drop the encoders
@@ -548,15 +553,10 @@ def main():
         prompt_tokens=args.prompt_tokens,
         transformer=None,
     )
-    if accelerator.is_main_process:
-        dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
+    dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
     encode_pairs(pipe, [*pairs, *held_out], args)
     null_text = dsd.encode_prompts(pipe, [""])
     pipe.text_encoder = pipe.text_encoder_2 = None
-    args.latent_size = (
-        args.height // pipe.vae_scale_factor,
-        args.frames * args.width // pipe.vae_scale_factor,
-    )
 
     # phase 2: widen, add LoRA, train on tensors
     torch.manual_seed(args.seed)
@@ -569,6 +569,7 @@ def main():
             f"adapter in {args.out}: {len(pairs)} pairs, {len(held_out)} more held out, {len(log)} steps, "
             f"{dsd.memory_in_use()}; look at {f'{folder} and ' if held_out else ''}{args.out / 'loss.png'}"
         )
+    lock.release()
     accelerator.end_training()
 
 

@@ -13,7 +13,7 @@ Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file,
 it adds grids to those that are there.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import json
 import random
@@ -181,7 +181,7 @@ def ask_llm(model, tokenizer, number, seed):
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def llm_prompts(args):
+def llm_prompts(args, grammar):
     """`args.count` grids of different subjects that a chat model invents. Every answer is kept in --out/subjects.
 
     The processes share the questions in rounds, so that none waits long for another."""
@@ -204,9 +204,7 @@ def llm_prompts(args):
         for subject, phrases in filter(
             None, (parse_llm(dsd.read_json(file)["answer"]) for file in files)
         ):
-            grids.setdefault(
-                subject.lower(), grid_prompt(args.grammar, "subject", subject, "", phrases)
-            )
+            grids.setdefault(subject.lower(), grid_prompt(grammar, "subject", subject, "", phrases))
         asked += len(files)
     return list(grids.values())[: args.count]
 
@@ -224,25 +222,21 @@ def load_llm(args):
         ), tokenizer
 
 
-def plan(args):
+def plan(args, grammar):
     """Every grid of this run in order, a list of records: what to draw, and with which seed."""
     seed = args.seed * 1_000_003  # far apart: no grid of one --seed is a grid of another
     families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
     listed = (
-        file_prompts(args.prompts, args.grammar)
+        file_prompts(args.prompts, grammar)
         if args.prompts
-        else llm_prompts(args)
+        else llm_prompts(args, grammar)
         if args.llm
         else None
     )
     return [
         {
             "file": f"{i:06d}.png",
-            **(
-                listed[i % len(listed)]
-                if listed
-                else grammar_prompt(args.grammar, families, seed + i)
-            ),
+            **(listed[i % len(listed)] if listed else grammar_prompt(grammar, families, seed + i)),
             "seed": seed + i,
             "rows": 2,
             "columns": 2,
@@ -316,11 +310,8 @@ def parse_args():
     )
     add("--seed", type=dsd.at_least(0), default=0, help="random seed of prompts and noise")
     parser.add_large_model_options()
-    parser.set_defaults(grammar=GRAMMAR)
-    args = parser.parse("generate_grids")
-    args = (
-        parser.parse("generate_grids", count=None) if args.prompts else args
-    )  # all that are listed
+    listed = {"count": None} if parser.peek("prompts") else {}  # all that are listed
+    args = parser.parse("generate_grids", **listed)
     args.width, args.height = args.width or args.panel, args.height or args.panel
     return args
 
@@ -328,23 +319,19 @@ def parse_args():
 def main():
     args = parse_args()
     dsd.check_model(args.model, args.width, args.height)
-    state = PartialState()
-    with (
-        state.main_process_first()
-    ):  # nobody writes before the main process has accepted the folder
-        dsd.open_out(
-            args,
-            "generate_grids",
-            changeable=["count", "batch_size", "offload"],
-            prompts=args.prompts and dsd.digest(args.prompts),
-            grammar=dsd.digest(text=json.dumps(args.grammar)),
-        )
-    grids = plan(args)  # before the pipeline is loaded, since a chat model needs the memory
-    if state.is_main_process:
+    grammar = dsd.folder_settings(args.model, "generate_grids").get("grammar", GRAMMAR)
+    lock = dsd.open_out(
+        args,
+        "generate_grids",
+        changeable=["count", "batch_size", "offload"],
+        prompts=args.prompts and dsd.digest(args.prompts),
+        grammar=dsd.digest(text=json.dumps(grammar)),
+    )
+    grids = plan(args, grammar)  # before the pipeline is loaded: a chat model needs the memory
+    if dsd.is_main_process():
         dsd.write_json(args.out / "grids.jsonl", grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
-    if state.is_main_process:
-        dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
+    dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
     for batch in dsd.batches(grids, args.batch_size, "grids"):
         if not all((args.out / grid["file"]).exists() for grid in batch):
             for grid, image in zip(batch, draw_grids(pipe, batch, args)):
@@ -352,8 +339,7 @@ def main():
                     args.out / grid["file"]
                 ).exists():  # with a larger --count a batch may begin with old grids
                     dsd.save_image(image, args.out / grid["file"])
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if dsd.is_main_process():
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
         dsd.contact_sheet(
             [cells[i : i + 6] for i in range(0, len(cells), 6)], args.out / "overview.png"
@@ -361,6 +347,7 @@ def main():
         print(
             f"{len(grids)} grids in {args.out}, {dsd.memory_in_use()}; look at {args.out / 'overview.png'}"
         )
+    lock.release()
 
 
 if __name__ == "__main__":

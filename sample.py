@@ -14,7 +14,7 @@ Writes to --out: a PNG for each picture, with its settings in the PNG's text fie
 references on the left. Started again, the same command draws only what is missing.
 """
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import itertools
 import json
@@ -30,22 +30,20 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
 # ---- references and prompts ------------------------------------------------------------------------------------------
-def find_adapter(args):
-    """The adapter: as asked, else this project's own run for the same model, else the one shipped with the model."""
+def find_adapter(model):
+    """The adapter for a model: this project's own run, else the one shipped with the model."""
     own = Path("runs/adapter")
-    if args.adapter:
-        return args.adapter
     if (own / dsd.ADAPTER_FILE).exists():
-        if dsd.read_json(own / "settings.json").get("model") == dsd.name_of(args.model):
+        if dsd.read_json(own / "settings.json").get("model") == dsd.name_of(model):
             return own
-    if not args.shipped_adapter:
-        raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
-    return Path(args.model) / args.shipped_adapter
+    shipped = dsd.folder_settings(model, "sample").get("shipped_adapter")
+    return Path(model) / shipped if shipped else None
 
 
 def find_references(args):
     """The reference pictures, {file: image of the size that is drawn}. A folder stands for the pictures in it."""
-    given = args.image or ([Path(args.model) / args.references] if args.references else [])
+    own = dsd.folder_settings(args.model, "sample").get("references")
+    given = args.image or ([Path(args.model) / own] if own else [])
     files = []
     for path in given:
         inside = [
@@ -83,8 +81,10 @@ def enhance(args, references):
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
-def draw_pictures(pipe, images, prompts, seeds, args):
-    """Draw B pictures: the subject of each reference image as its prompt says."""
+def draw_pictures(pipe, images, prompts, seeds, args, frames=2):
+    """Draw B pictures: the subject of each reference image as its prompt says.
+
+    frames: 2, or what the adapter's facts say."""
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     return dsd.sample_edit(
         pipe,
@@ -97,7 +97,7 @@ def draw_pictures(pipe, images, prompts, seeds, args):
         args.text_guidance,
         args.guidance_scale,
         args.unguided_steps,
-        args.frames,
+        frames,
     )
 
 
@@ -198,16 +198,14 @@ def parse_args():
         help="seeds of the noise; each gives a picture",
     )
     add_drawing_options(parser)
-    parser.set_defaults(prompts=[], references="", shipped_adapter="")
-    adapter = find_adapter(parser.parse("sample"))
-    _, facts = dsd.adapter_facts(adapter)
+    adapter = parser.peek("adapter") or find_adapter(parser.peek("model"))
+    facts = dsd.adapter_facts(adapter) if adapter else {}
     wanted = "width", "height", "guidance_scale", "image_guidance", "text_guidance"
-    args = parser.parse("sample", **{name: facts[name] for name in wanted if name in facts})
-    args.adapter, args.frames, args.prompt = (
-        adapter,
-        facts.get("frames", 2),
-        args.prompt or args.prompts,
-    )
+    own = {name: facts[name] for name in wanted if name in facts}
+    args = parser.parse("sample", adapter=adapter, **own)
+    if not adapter:
+        raise dsd.DsdError("no adapter: run finetune.py first, or give --adapter FOLDER")
+    args.prompt = args.prompt or dsd.folder_settings(args.model, "sample").get("prompts")
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise dsd.DsdError("--prompt: empty; say what to draw")
     return args
@@ -216,18 +214,23 @@ def parse_args():
 def main():
     args = parse_args()
     dsd.check_model(args.model, args.width, args.height)
-    references, state = find_references(args), PartialState()
-    with state.main_process_first():  # the others find what the --enhance model saw
-        dsd.open_out(
-            args,
-            "sample",
-            changeable=["batch_size", "offload"],
-            adapter_sha256=dsd.digest(dsd.adapter_facts(args.adapter)[0]),
-            image={file: dsd.digest(file) for file in references},
-        )
+    references, facts = find_references(args), dsd.adapter_facts(args.adapter)
+    lock = dsd.open_out(
+        args,
+        "sample",
+        changeable=["batch_size", "offload"],
+        adapter_sha256=dsd.digest(dsd.adapter_file(args.adapter)),
+        image={file: dsd.digest(file) for file in references},
+    )
+    with PartialState().main_process_first():  # the others find what the --enhance model saw
         details = enhance(args, references) if args.enhance else {}
     pipe = dsd.load_pipeline(
-        FluxControlPipeline, args.model, args.quantize, args.offload, args.adapter
+        FluxControlPipeline,
+        args.model,
+        args.quantize,
+        args.offload,
+        args.adapter,
+        facts["prompt_tokens"],
     )
     cases = [
         {
@@ -247,17 +250,16 @@ def main():
         for file, prompt, seed in itertools.product(references, args.prompt, args.seed)
     ]
     paths = [args.out / f"{i:04d}.png" for i in range(len(cases))]
-    if state.is_main_process:
-        dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
+    dsd.warn_of_prompts(pipe, [case["text"] for case in cases])
     for batch in dsd.batches(list(zip(cases, paths)), args.batch_size, "sample"):
         if not all(path.exists() for _, path in batch):
             images, texts, seeds = zip(
                 *[(references[c["image"]], c["text"], c["seed"]) for c, _ in batch]
             )
-            for image, (case, path) in zip(draw_pictures(pipe, images, texts, seeds, args), batch):
+            drawn = draw_pictures(pipe, images, texts, seeds, args, facts["frames"])
+            for image, (case, path) in zip(drawn, batch):
                 save_with_settings(image, path, case, args)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if dsd.is_main_process():
         rows = [
             [(image, "reference")]
             + [
@@ -272,6 +274,7 @@ def main():
             f"{len(cases)} pictures in {args.out} with the adapter {dsd.name_of(args.adapter)}, "
             f"{dsd.memory_in_use()}; look at {args.out / 'contact_sheet.png'}"
         )
+    lock.release()
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def draw_rival(pipe, cases, args):
     )
 
 
-def fit_rival(rival, pairs, null_text, args):
+def fit_rival(rival, pairs, null_text, size, args):
     """finetune.py's loop in its shortest form: no accumulation, no validation, one process. Returns the log."""
     parameters, log = list(rival.trained().values()), []
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
@@ -325,7 +325,7 @@ def fit_rival(rival, pairs, null_text, args):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64)
         batch = finetune.draw_batch(pairs, null_text, args, generator, PartialState())
         with torch.autocast(rival.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = finetune.batch_losses(rival, batch, args)[0]
+            loss = finetune.batch_losses(rival, batch, size, args)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = args.learning_rate * finetune.learning_rate_share(
@@ -344,15 +344,14 @@ def rival_main():
     args = finetune.parse_args()
     pairs, held_out = finetune.prepare(args, 1)
     known = dsd.digest(text=str([pair["cache"].stem for pair in pairs]))
-    dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)
-    pipe = dsd.load_pipeline(FluxPipeline, args.model, dtype=torch.float32)
-    pipe.tokenizer_2.model_max_length = (
-        args.prompt_tokens or dsd.folder_settings(args.model)["canvas_prompt_tokens"]
+    lock = dsd.open_out(args, kind, changeable=["pairs"], pairs_sha256=known)
+    pipe = dsd.load_pipeline(
+        FluxPipeline, args.model, prompt_tokens=args.prompt_tokens, dtype=torch.float32
     )
     finetune.encode_pairs(pipe, [*pairs, *held_out], args)
-    args.latent_size = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
     rival = load_rival(kind, pipe.transformer, args)
-    log = fit_rival(rival.train(), pairs, dsd.encode_prompts(pipe, [""]), args)
+    size = finetune.canvas_size(pipe, args)
+    log = fit_rival(rival.train(), pairs, dsd.encode_prompts(pipe, [""]), size, args)
     dsd.write_json(args.out / "log.jsonl", log)
     with dsd.writing(args.out / RIVAL_FILE) as part:
         save_file({name: p.detach().cpu() for name, p in rival.trained().items()}, part)
@@ -360,6 +359,7 @@ def rival_main():
         f"{sum(p.numel() for p in rival.trained().values()) / 1e6:.2f} million weights trained in {args.steps} steps "
         f"on {len(pairs)} pairs; see {args.out}"
     )
+    lock.release()
 
 
 # ---- DreamBooth-LoRA -------------------------------------------------------------------------------------------------

@@ -240,11 +240,7 @@ def training_row(args, precision, rate, work):
     pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, transformer=None)
     finetune.encode_pairs(pipe, pairs, chosen)
     null_text = dsd.encode_prompts(pipe, [""])
-    chosen.latent_size = (
-        chosen.height // pipe.vae_scale_factor,
-        2 * chosen.width // pipe.vae_scale_factor,
-    )
-
+    size = finetune.canvas_size(pipe, chosen)
     pipe, encoders = None, []  # dropped, as in finetune.py; the peer loads its own
 
     def stepper(compiled):
@@ -256,7 +252,7 @@ def training_row(args, precision, rate, work):
         model, optimizer = accelerator.prepare(student, optimizer, device_placement=[False, True])
 
         def step(batch):
-            accelerator.backward(finetune.batch_losses(model, batch(), chosen)[0])
+            accelerator.backward(finetune.batch_losses(model, batch(), size, chosen)[0])
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -342,11 +342,15 @@ def moved_references(count, seed):
 
 
 def measure_moved(args):
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, adapter=args.adapter)
+    facts = dsd.adapter_facts(args.adapter)
+    pipe = dsd.load_pipeline(
+        FluxControlPipeline,
+        args.model,
+        adapter=args.adapter,
+        prompt_tokens=facts["prompt_tokens"],
+    )
     options = argparse.Namespace(
-        **{"unguided_steps": 2, "frames": 2}
-        | dsd.folder_settings(args.model)["sample"]
-        | dsd.adapter_facts(args.adapter)[1]
+        **{"unguided_steps": 2} | dsd.folder_settings(args.model, "sample") | facts
     )
     references, prompts, identity = moved_references(args.count, args.seed)
     judge, result = exams.Judge(args.judge), {}
@@ -355,7 +359,7 @@ def measure_moved(args):
         for i in tqdm(range(0, args.count, 16), desc=name):
             seeds = range(i, min(i + 16, args.count))
             drawn += sample.draw_pictures(
-                pipe, images[i : i + 16], prompts[i : i + 16], seeds, options
+                pipe, images[i : i + 16], prompts[i : i + 16], seeds, options, facts["frames"]
             )
         kept = (seen_by(judge, drawn)[:, :7] == identity).double()  # (count, 7)
         result[name] = {

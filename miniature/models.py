@@ -180,7 +180,6 @@ def grammar():
 def flux_settings():
     """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
     return {
-        "canvas_prompt_tokens": TOKENS[1, 1],
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
             "count": 400,
@@ -194,6 +193,7 @@ def flux_settings():
         "finetune": {
             "steps": 1300,
             "rank": 16,
+            "prompt_tokens": TOKENS[1, 1],  # of a caption
             "batch_size": 16,
             "learning_rate": 2.5e-3,
             "shift": SHIFT,

@@ -1,6 +1,6 @@
 """dsd.py, the parts without a model: the flow, tokens, losses, guidance, pictures, options, files."""
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import argparse
 import sys
@@ -102,7 +102,7 @@ def test_guided_velocity_is_the_formula_and_runs_only_the_passes_it_needs(s_i, s
     rows.clear()
     v = dsd.guided_velocity(model, x, condition, text, null, s_i, s_t)
     torch.testing.assert_close(v, v_00 + s_i * (v_i0 - v_00) + s_t * (v_it - v_i0))
-    assert rows == [passes * len(x)]  # one batch
+    assert rows == [len(x)] * passes
 
 
 # ---- grids and pictures ----------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
 def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
     def begin(steps, count=3):
         args = argparse.Namespace(out=tmp_path, device="cpu", steps=steps, count=count)
-        dsd.open_out(args, "sample", changeable=["count"], image="a")
-        args.lock.release()
+        lock = dsd.open_out(args, "sample", changeable=["count"], image="a")
+        lock.release()
 
     begin(steps=2)
     begin(steps=3)

@@ -1,6 +1,6 @@
 """evaluate.py and miniature/ablations.py: marks and intervals of hand-made answers, cases, every row, resumption."""
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import argparse
 import math
@@ -517,7 +517,7 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypa
         tuned == [2, 1, 2]
         and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
     )
-    assert dsd.adapter_facts(out / "ablations" / "single_frame")[1]["frames"] == 1
+    assert dsd.adapter_facts(out / "ablations" / "single_frame")["frames"] == 1
     assert set(trained) == {"single_frame", "only_LoRA"}
     asked.clear(), trained.clear()
     run(out, *flags, script=ablations)

@@ -3,7 +3,7 @@
 The damage is drawn from fixed seeds. PNG carries checksums, so what is accepted must show the very pixels. An adapter
 has none: what is accepted must be finite weights of the right shapes. An accepted record has the right fields."""
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import argparse
 import copy

@@ -3,7 +3,7 @@
 SIGKILL leaves no chance to clean up: just before a script touches a chosen file, in every phase of the work, and at
 random times. How many kills there were is printed last."""
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import importlib
 import multiprocessing

@@ -1,6 +1,6 @@
 """The four scripts called in this process: their options, what a second start does, several kinds of input."""
 
-import dsd  # first: it silences the libraries' notices
+import dsd
 
 import json
 import shutil
@@ -283,7 +283,7 @@ def test_the_logged_loss_is_the_mean_over_the_accumulated_batches_computed_by_ha
 def test_no_two_micro_batches_are_alike(tmp_path, run, monkeypatch):
     seen = []
 
-    def batch_losses(model, batch, args):
+    def batch_losses(model, batch, size, args):
         seen.append((batch[2].item(), batch[1].sum().item()))  # sigma and noise
         return sum(p.sum() for p in model.parameters() if p.requires_grad) * torch.zeros(3)
 
