@@ -58,7 +58,7 @@ FOLDER_QUESTIONS = {
 }
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
+# ---- the cases -----------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Case:
     """One picture to draw: what the methods are given, and what is true."""
@@ -70,9 +70,7 @@ class Case:
     sheet_prompt: str  # both pictures as one image, for in-context inpainting
     seed: int
     reference_prompt: str = ""  # what the reference shows, for methods that must be told
-    class_prompts: list = dataclasses.field(
-        default_factory=list
-    )  # of other such subjects, for DreamBooth's prior
+    class_prompts: list = dataclasses.field(default_factory=list)  # of others, DreamBooth's prior
     kind: str = "subject"  # or "relight"
     move: str = "same pose"  # from the reference to what is asked; or "moved", "turned"
     truth: Image.Image | None = None  # the true rendering
@@ -82,10 +80,9 @@ class Case:
 
 
 def words(attributes, numbers):
-    """{attribute: value} for values by number; the empty accessory is called "nothing", as the judge does."""
-    return {
-        name: values[int(k)] or "nothing" for (name, values), k in zip(attributes.items(), numbers)
-    }
+    """{attribute: value} by number; the empty accessory is called "nothing", as the judge does."""
+    pairs = zip(attributes.items(), numbers)
+    return {name: values[int(number)] or "nothing" for (name, values), number in pairs}
 
 
 def to_image(pixels):
@@ -93,89 +90,87 @@ def to_image(pixels):
     return dsd.to_images(pixels[None])[0]
 
 
-def told(context, pose):
-    """A context and a pose in words."""
+def context_words(context, pose):
+    """A context and the number of a named pose in words."""
     return words(world.CONTEXT, context) | {"pose": world.POSE_NAMES[pose]}
 
 
-def stand(pose, named):
-    """How a critter stands, (4,), in the named pose of this number."""
-    return world.in_pose(pose[None], torch.tensor([named]))[0]
-
-
-def render(identity, context, pose, size):
-    """One rendered panel as an image; identity (7,), context (3,), pose (4,)."""
-    return to_image(world.render(identity[None], context[None], pose[None], size)[0])
+def render(identity, context, pose, named, size):
+    """A panel as an image: identity (N_IDENTITY,), context (3,), pose (4,), the named pose's number."""
+    stand = world.in_pose(pose[None], torch.tensor([named]))
+    return to_image(world.render(identity[None], context[None], stand, size)[0])
 
 
 def seen_identities(adapter):
-    """The identities in the pairs that an adapter was trained on, by number: seen.json in its folder (measure.py writes
-    it), or none."""
+    """The identities in the pairs that an adapter was trained on, by number: seen.json in its
+    folder (measure.py writes it), or none."""
     file = Path(adapter or "") / "seen.json"
     return set(dsd.read_json(file)["identities"]) if file.exists() else set()
 
 
 def world_cases(numbers, prompts, seed, size, seen=()):
-    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same scene relit, in
-    any of the six poses.
+    """Held-out references by number: for each, `prompts` cases in other scenes and one of the same
+    scene relit, in any of the six poses.
 
-    A reference depends on its number and the seed alone: more references never change the first ones. References whose
-    identity was `seen` in training (the teacher may draw any by itself) are left out, which is said."""
+    A reference depends on its number and the seed alone: more references never change the first
+    ones. References whose identity was `seen` in training (the teacher may draw any by itself) are
+    left out, which is said."""
     cases = []
     for number in numbers:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
         index = world.draw_identities(1, draw, held_out=True)
         if index.item() in seen:
-            print(
-                f"reference {number} is left out: its critter is in the pairs that the adapter was trained on"
-            )
-            continue
-        identity = world.identity_of(index)[0]
-        shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
-        asked = world.draw_contexts(64, draw)
-        asked = asked[asked[:, 0] != shown[0]]  # another scene; accessory and light as they fall
-        mixed = (
-            seed * 1_000_003 + number + 1
-        ) * 2654435761  # the first draws of neighbouring seeds are alike
-        named = torch.randint(
-            len(world.POSES), (72,), generator=torch.Generator().manual_seed(mixed % 2**63)
-        ).tolist()
-        if prompts > len(asked):
-            raise dsd.DsdError(
-                f"--prompts {prompts}: reference {number} has only {len(asked)} new contexts"
-            )
-        relit = shown.clone()
-        relit[2] = (shown[2] + torch.randint(1, 4, (1,), generator=draw)[0]) % 4
-        classes = [
-            world.panel_caption(identity, c, pose=p)
-            for c, p in zip(world.draw_contexts(8, draw), named[64:])
-        ]
-        at = named[63]  # the reference's own named pose
-        image = render(identity, shown, stand(pose, at), size)
-        for k, (context, relight) in enumerate(
-            [*((c, False) for c in asked[:prompts]), (relit, True)]
-        ):
-            there, to = (pose, at) if relight else (world.draw_poses(1, draw)[0], named[k])
-            cases.append(
-                Case(
-                    number,
-                    image,
-                    world.noun(identity),
-                    world.panel_caption(identity, context, pose=to),
-                    world.sheet_caption(
-                        identity, [shown, context], (1, 2), relight, poses=(at, to)
-                    ),
-                    (seed * 1_000_003 + number) * 64 + k,
-                    world.panel_caption(identity, shown, pose=at),
-                    classes,
-                    "relight" if relight else "subject",
-                    world.move(at, to),
-                    render(identity, context, stand(there, to), size),
-                    words(world.IDENTITY, identity),
-                    told(context, to),
-                    told(shown, at),
-                )
-            )
+            print(f"reference {number} is left out: its critter is in the adapter's training pairs")
+        else:
+            cases += reference_cases(number, world.identity_of(index)[0], prompts, seed, size, draw)
+    return cases
+
+
+def reference_cases(number, identity, prompts, seed, size, draw):
+    """The cases of one reference; draw: its generator."""
+    shown, pose = world.draw_contexts(1, draw)[0], world.draw_poses(1, draw)[0]
+    asked = world.draw_contexts(64, draw)
+    asked = asked[asked[:, world.SCENE] != shown[world.SCENE]]  # accessory and light as they fall
+    if prompts > len(asked):
+        raise dsd.DsdError(f"--prompts {prompts}: reference {number} has {len(asked)} new contexts")
+    lights = len(world.CONTEXT["light"])
+    relit = shown.clone()
+    step = torch.randint(1, lights, (1,), generator=draw)[0]
+    relit[world.LIGHT] = (shown[world.LIGHT] + step) % lights
+    mixed = (seed * 1_000_003 + number + 1) * 2654435761  # first draws of such seeds are alike
+    poses = torch.Generator().manual_seed(mixed % 2**63)
+    named = torch.randint(len(world.POSES), (72,), generator=poses).tolist()
+    at = named[63]  # the reference's own
+    others = zip(world.draw_contexts(8, draw), named[64:])
+
+    case = Case(
+        reference=number,
+        image=render(identity, shown, pose, at, size),
+        subject=world.noun(identity),
+        prompt="",
+        sheet_prompt="",
+        seed=0,
+        reference_prompt=world.panel_caption(identity, shown, pose=at),
+        class_prompts=[world.panel_caption(identity, c, pose=k) for c, k in others],
+        identity=words(world.IDENTITY, identity),
+        shown=context_words(shown, at),
+    )
+    cases = []
+    for k, context in enumerate([*asked[:prompts], relit]):
+        relight = k == prompts
+        there, to = (pose, at) if relight else (world.draw_poses(1, draw)[0], named[k])
+        sheet = world.sheet_caption(identity, [shown, context], (1, 2), relight, poses=(at, to))
+        new = dataclasses.replace(
+            case,
+            prompt=world.panel_caption(identity, context, pose=to),
+            sheet_prompt=sheet,
+            seed=(seed * 1_000_003 + number) * 64 + k,
+            kind="relight" if relight else "subject",
+            move=world.move(at, to),
+            truth=render(identity, context, there, to, size),
+            context=context_words(context, to),
+        )
+        cases.append(new)
     return cases
 
 

@@ -1,5 +1,7 @@
 """What the miniature's models are made of: stock diffusers and transformers classes with small numbers in them."""
 
+import itertools
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -165,7 +167,8 @@ def grammar():
     """The prompts of grids. They name shape and ears, never colours, pattern or eyes. A setting opens with a pose."""
     opening = world.SHEET_OPENINGS[2, 2][0]
     scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
-    nouns = [world.noun([shape, ears]) for shape in range(6) for ears in range(5)]
+    shapes, ears = (range(len(world.IDENTITY[name])) for name in ("shape", "ears"))
+    nouns = [world.noun(pair) for pair in itertools.product(shapes, ears)]
     return {
         "subject": opening.format("{subject}") + ": {panels}",
         "relight": opening.format("scene, {subject} {scene}") + ": {panels}",

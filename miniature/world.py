@@ -9,6 +9,8 @@ The held-out rule: identity `i` is held out of every training set when `(i * 265
 (Knuth's multiplicative hash; its upper half, for the lower bits are those of `i`). See `is_held_out`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -46,8 +48,12 @@ CONTEXT = {  # the words are the prompt's
     "accessory": ["", "with a hat", "with a balloon", "with a scarf"],
     "light": ["at noon", "at sunset", "by moonlight", "under neon"],
 }
-RADIX = [6, 5, 8, 3, 7, 4, 3]  # `second` has 7 choices: the colours other than the main one
-N_IDENTITIES = 60_480  # the product of RADIX
+COLUMN = {name: k for k, name in enumerate([*IDENTITY, *CONTEXT, "pose"])}  # attribute -> its place
+N_IDENTITY = len(IDENTITY)  # columns of the identity come first, then the context's, then the pose
+SCENE, ACCESSORY, LIGHT = range(len(CONTEXT))  # columns of a context
+NAMED = 2  # attributes that the prompt names: shape and ears
+RADIX = [len(values) - (name == "second") for name, values in IDENTITY.items()]
+N_IDENTITIES = math.prod(RADIX)
 SLIPS = 0.1  # share of pretraining sheets in which one panel shows a critter that differs in one or two attributes
 UNRELATED = (
     1 / 3
@@ -106,7 +112,7 @@ _TOP_Y = [-0.48, -0.42, -0.58, -0.56, -0.50, -0.48]  # where a hat sits
 
 # ---- identities and contexts as integers -----------------------------------------------------------------------------
 def identity_of(index):
-    """Identity numbers (N,) in [0, 60480) -> attribute values (N, 7), columns as in IDENTITY."""
+    """Identity numbers (N,) -> attribute values (N, N_IDENTITY), columns as in IDENTITY."""
     index, columns = torch.as_tensor(index).clone(), []
     if ((index < 0) | (index >= N_IDENTITIES)).any():
         raise ValueError(
@@ -115,7 +121,8 @@ def identity_of(index):
     for radix in RADIX:
         columns.append(index % radix)
         index = index // radix
-    columns[4] = (columns[2] + 1 + columns[4]) % 8
+    colour, second = COLUMN["colour"], COLUMN["second"]
+    columns[second] = (columns[colour] + 1 + columns[second]) % len(COLOURS)
     return torch.stack(columns, 1)
 
 
@@ -166,7 +173,7 @@ def move(a, b):
 
 
 def change_attributes(identity, count, generator):
-    """Copies of `identity` (N, 7) in which `count` (N,) randomly chosen attributes take another value."""
+    """Copies of `identity` (N, N_IDENTITY) in which `count` (N,) randomly chosen attributes take another value."""
     other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
     order = torch.rand(identity.shape, generator=generator).argsort(1)
     for column, size in enumerate(sizes):
@@ -177,17 +184,18 @@ def change_attributes(identity, count, generator):
         other[:, column] = torch.where(
             change, (identity[:, column] + step) % size, identity[:, column]
         )
-    clash = other[:, 2] == other[:, 4]
+    clash = other[:, COLUMN["colour"]] == other[:, COLUMN["second"]]
     if clash.any():  # main and second colour are never equal: draw these again
         other[clash] = change_attributes(identity[clash], count[clash], generator)
     return other
 
 
 def identity_number(identity):
-    """Attribute values (N, 7) -> identity numbers (N,), the inverse of `identity_of`."""
+    """Attribute values (N, N_IDENTITY) -> identity numbers (N,), the inverse of `identity_of`."""
     digits, number = identity.clone(), torch.zeros(len(identity), dtype=torch.long)
-    digits[:, 4] = (identity[:, 4] - identity[:, 2] - 1) % 8
-    for column in reversed(range(7)):
+    colour, second = COLUMN["colour"], COLUMN["second"]
+    digits[:, second] = (identity[:, second] - identity[:, colour] - 1) % len(COLOURS)
+    for column in reversed(range(N_IDENTITY)):
         number = number * RADIX[column] + digits[:, column]
     return number
 
@@ -203,7 +211,7 @@ def change_in_training(identity, count, generator):
 def draw_namesakes(index, generator, held_out=False):
     """For identity numbers (N,) other ones (N,) of the same noun, of the side asked for: shape and ears are the
     number's lowest digits, all else is drawn anew."""
-    nouns, other = RADIX[0] * RADIX[1], index.clone()
+    nouns, other = math.prod(RADIX[:NAMED]), index.clone()
     while (bad := (is_held_out(other) != held_out) | (other == index)).any():
         drawn = torch.randint(N_IDENTITIES // nouns, index.shape, generator=generator)
         other = torch.where(bad, index % nouns + nouns * drawn, other)
@@ -212,7 +220,7 @@ def draw_namesakes(index, generator, held_out=False):
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 def noun(identity):
-    """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of 7 numbers."""
+    """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of numbers."""
     return f"{IDENTITY['shape'][identity[0]]} {IDENTITY['ears'][identity[1]]} critter"
 
 
@@ -329,8 +337,8 @@ def _ears(kind, x, y, ex, ey):  # x is mirrored: both ears at once
 
 
 def render(identity, context, pose, size=32):
-    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, 7) in `context` (N, 3) and `pose` (N, 4), drawn on
-    the device that these are on.
+    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, N_IDENTITY) in `context` (N, 3) and `pose`
+    (N, 4), drawn on the device that these are on.
 
     Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its cache."""
     n = len(identity) if identity.is_cuda else 32
@@ -527,11 +535,11 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     p = rows * columns
     number = draw_identities(n, generator, held_out)
     identity = identity_of(number)
-    panels = identity[:, None].repeat(1, p, 1)  # (n, p, 7)
+    panels = identity[:, None].repeat(1, p, 1)  # (n, p, N_IDENTITY)
     kind = torch.rand(n, generator=generator)
     odd = kind > 1 - SLIPS
     changed = change_attributes(identity, torch.randint(1, 3, (n,), generator=generator), generator)
-    changed[:, :2] = identity[:, :2]  # shape and ears are in the prompt: they stay
+    changed[:, :NAMED] = identity[:, :NAMED]  # shape and ears are in the prompt: they stay
     odd &= (
         is_held_out(identity_number(changed)) == held_out
     )  # now and then that makes a held-out one: leave it
