@@ -2,6 +2,8 @@
 
 import itertools
 
+import re
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -226,11 +228,31 @@ def flux_settings():
 
 
 @torch.no_grad()
-def take_over(model, old):
-    """Give `model` the weights of `old`, which may know fewer words or labels: the new ones' rows stay as they are."""
+def take_over(model, old, names, old_names):
+    """Give `model` the weights of `old`, whose words (or labels) may be others.
+
+    names, old_names: what the rows of their tables of words stand for. A row goes where its name
+    goes; rows of new names stay as they are."""
+    old_row = {name: row for row, name in enumerate(old_names)}
     weights = model.state_dict()
-    for name, weight in old.state_dict().items():
-        weights[name][tuple(slice(size) for size in weight.shape)] = weight
+    for key, weight in old.state_dict().items():
+        if re.search("embed_tokens|shared|token_embedding|lm_head|classifier", key):
+            for row, name in enumerate(names):
+                if name in old_row:
+                    weights[key][row] = weight[old_row[name]]
+        else:
+            weights[key].copy_(weight)
+
+
+def words_of(tokenizer):
+    """The words of a tokenizer in the order of their numbers."""
+    number = tokenizer.get_vocab()
+    return sorted(number, key=number.get)
+
+
+def labels_of(classifier):
+    """The labels of a classifier in the order of its logits."""
+    return [label for _, label in sorted(classifier.config.id2label.items())]
 
 
 def zero_init(transformer):

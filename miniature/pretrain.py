@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from miniature import models, vlm_data, world
 
@@ -316,7 +317,12 @@ def pretrain_flux(args):
     if args.start:
         old = FluxPipeline.from_pretrained(args.start, vae=vae, torch_dtype=torch.float32)
         for part in ("transformer", "text_encoder", "text_encoder_2"):
-            models.take_over(getattr(pipe, part), getattr(old, part))
+            models.take_over(
+                getattr(pipe, part),
+                getattr(old, part),
+                models.words_of(pipe.tokenizer_2),
+                models.words_of(old.tokenizer_2),
+            )
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     t5, part_of_word = (
@@ -536,7 +542,9 @@ def pretrain_vlm(args):
     images, attributes = pool_of_panels(args)
     vlm, processor = models.make_vlm(vlm_data.vlm_words())
     if args.start:
-        models.take_over(vlm, type(vlm).from_pretrained(args.start, dtype=torch.float32))
+        old = type(vlm).from_pretrained(args.start, dtype=torch.float32)
+        words = models.words_of(AutoTokenizer.from_pretrained(args.start))
+        models.take_over(vlm, old, models.words_of(processor.tokenizer), words)
     net = vlm_data.Lessons(vlm, processor).to(args.device).train()
     n = args.batch_size // 4
 
@@ -619,7 +627,8 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
     It sees renderings only and shares no weights with the models that it judges."""
     judge = make()
     if args.start:
-        models.take_over(judge, type(judge).from_pretrained(args.start, dtype=torch.float32))
+        old = type(judge).from_pretrained(args.start, dtype=torch.float32)
+        models.take_over(judge, old, models.labels_of(judge), models.labels_of(old))
     judge.to(args.device).train()
     sizes = [len(values) for values in vlm_data.VALUES]
 

@@ -411,3 +411,12 @@ def test_the_vlm_s_lessons_know_poses(changes, order, score):
     assert answer.count(" different") == len(changes) and vlm_data.caption(other) in question
     known = models.vlm_tokenizer(vlm_data.vlm_words())
     assert known.unk_token_id not in known(f"{question} {answer} {order}").input_ids
+
+
+def test_older_weights_go_on_by_the_names_of_their_rows():
+    old = torch.nn.ModuleDict({"shared": torch.nn.Embedding(3, 4), "wide": torch.nn.Linear(4, 3)})
+    new = torch.nn.ModuleDict({"shared": torch.nn.Embedding(4, 4), "wide": torch.nn.Linear(4, 3)})
+    fresh = new["shared"].weight[1].clone()
+    models.take_over(new, old, ["b", "new", "c", "a"], ["a", "b", "c"])
+    assert new["shared"].weight[[3, 0, 2]].equal(old["shared"].weight)
+    assert new["shared"].weight[1].equal(fresh) and new["wide"].weight.equal(old["wide"].weight)
