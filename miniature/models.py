@@ -1,4 +1,4 @@
-"""What the miniature's models are made of: stock diffusers and transformers classes with small numbers in them."""
+"""What the miniature's models are made of: stock classes, small sizes."""
 
 import itertools
 
@@ -32,66 +32,67 @@ from transformers import (
 
 from miniature import world
 
-PANEL = 32  # side of a panel, in pixels; VAE_FACTOR pixels are one latent pixel, 2x2 latent pixels one token
-VAE_FACTOR = 4  # so a panel is (32 / 4 / 2)**2 = 16 tokens
+PANEL = 32  # side of a panel, in pixels
+VAE_FACTOR = 4  # pixels are one latent pixel, 2x2 latent pixels one token: a panel is 16 tokens
 SHIFT = 3.0  # of the noise schedule, in training and in sampling
-TOKENS = {
-    (1, 1): 24,
-    (1, 2): 40,
-    (2, 2): 65,
-}  # of a prompt, by layout: its longest has 24, 39 and 65
+TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 65}  # of a prompt, by layout: as many as its longest has
 PROMPT_TOKENS = TOKENS[2, 2]
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+NUMBERS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}  # see word_tokenizer
+SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place
+    move change draw now but keep as to is and or other new another side light scene wearing one
+    critters grid panels images two frames left right reference subject character object identical
+    instruction"""
 
-SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place move change draw now
-    but keep as to is and or other new another side light scene wearing one critters grid panels images two frames left
-    right reference subject character object identical instruction"""
 
-
+# ---- words ---------------------------------------------------------------------------------------
 def world_words():
     """Every word that the world's captions can contain, sorted."""
     texts = [SPARE_WORDS, ": ,", "a critter with trim and eye eyes"] + world.ORDINALS
     texts += [v for values in [*world.IDENTITY.values(), *world.CONTEXT.values()] for v in values]
-    texts += [
-        opening.format("scene") + " critters"
-        for ways in world.SHEET_OPENINGS.values()
-        for opening in ways
-    ]
+    openings = [opening for ways in world.SHEET_OPENINGS.values() for opening in ways]
+    texts += [opening.format("scene") + " critters" for opening in openings]
     return sorted({word for text in texts for word in text.lower().split()})
 
 
 def flux_words():
-    """The words of the teacher. Those of poses stand at the end: they came last, and older weights could go on."""
+    """The words of the teacher. Those of poses, which came last, stand at the end."""
     words = world_words()
     return words + sorted({word for pose in world.POSES for word in pose.split()} - set(words))
 
 
 def word_tokenizer(words, length, bos=False, extra=()):
-    """A word-level tokenizer: <pad> 0, </s> 1, <unk> 2, <s> 3, then `extra` special tokens, then `words`.
+    """A word-level tokenizer: <pad> 0, </s> 1, <unk> 2, <s> 3, then `extra` special tokens, then
+    `words`.
 
-    Words are split at spaces and at punctuation, hyphens stay; what it does not know becomes <unk>."""
+    Words are split at spaces and at punctuation, hyphens stay; an unknown one becomes <unk>."""
     special = ["<pad>", "</s>", "<unk>", "<s>", *extra]
-    vocabulary = {w: i for i, w in enumerate(special + [w for w in words if w not in special])}
+    words = special + [word for word in words if word not in special]
+    vocabulary = {word: number for number, word in enumerate(words)}
     t = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     t.normalizer = normalizers.Lowercase()
-    t.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:;?!()\"]"), "isolated")]
-    )
-    t.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 3), ("</s>", 1)]
-    )
+    marks = pre_tokenizers.Split(Regex(r"[.,:;?!()\"]"), "isolated")
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
+    form = "<s> $A </s>" if bos else "$A </s>"
+    numbers = [("<s>", 3), ("</s>", 1)]
+    t.post_processor = processors.TemplateProcessing(single=form, special_tokens=numbers)
+    return wrap(t, length, extra)
+
+
+def wrap(tokenizer, length, extra, **more):
+    """A tokenizer as transformers has it."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=t,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        bos_token="<s>",
+        tokenizer_object=tokenizer,
         extra_special_tokens=list(extra),
         model_max_length=length,
+        **SPECIAL,
+        **more,
     )
 
 
+# ---- FLUX ----------------------------------------------------------------------------------------
 def make_vae():
-    """16 latent channels and no quant convolutions, as FLUX's; two halvings instead of three (factor 4)."""
+    """FLUX's VAE but for its size and its factor: 4 in place of 8."""
     levels = VAE_FACTOR.bit_length()
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -109,48 +110,53 @@ def make_vae():
     )
 
 
+def make_clip(words):
+    """A CLIP text encoder of one layer for so many words."""
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        **NUMBERS,
+    )
+    return CLIPTextModel(config)
+
+
+def make_t5(words):
+    """A T5 encoder of two layers for so many words."""
+    config = T5Config(
+        vocab_size=words,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+        relative_attention_num_buckets=32,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
 def make_flux(vae):
     """A FluxPipeline of tiny parts around `vae`."""
     words = flux_words()
     clip_tokenizer = word_tokenizer(words, 77, bos=True)
     t5_tokenizer = word_tokenizer(words, PROMPT_TOKENS)
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=3,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_tokenizer),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            pad_token_id=0,
-            eos_token_id=1,
-            relative_attention_num_buckets=32,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    clip, t5 = make_clip(len(clip_tokenizer)), make_t5(len(t5_tokenizer))
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=3,
         num_single_layers=6,
         attention_head_dim=32,
         num_attention_heads=6,
-        joint_attention_dim=128,
-        pooled_projection_dim=64,
+        joint_attention_dim=t5.config.d_model,
+        pooled_projection_dim=clip.config.hidden_size,
         guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )
@@ -166,7 +172,7 @@ def make_flux(vae):
 
 
 def grammar():
-    """The prompts of grids. They name shape and ears, never colours, pattern or eyes. A setting opens with a pose."""
+    """The prompts of grids. They name shape and ears, no details. A setting opens with a pose."""
     opening = world.SHEET_OPENINGS[2, 2][0]
     scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
     shapes, ears = (range(len(world.IDENTITY[name])) for name in ("shape", "ears"))
@@ -183,7 +189,7 @@ def grammar():
 
 
 def flux_settings():
-    """What the scripts read from the model's folder (dsd.json): sizes, settings and the words of this world."""
+    """What the scripts read from the model's folder (dsd.json): their settings, and the grammar."""
     return {
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
@@ -202,7 +208,7 @@ def flux_settings():
             "batch_size": 16,
             "learning_rate": 2.5e-3,
             "shift": SHIFT,
-            "frame_weights": [0.1, 1.0],  # * see README.md, "The identity frame"
+            "frame_weights": [0.1, 1.0],  # (our choice) see README.md, "The identity frame"
             "guidance_scale": 1.0,
             "image_guidance": 2.0,
             "text_guidance": 2.0,
@@ -258,18 +264,13 @@ def labels_of(classifier):
 def zero_init(transformer):
     """Start every block as the identity and the output at zero (adaLN-zero, as in DiT)."""
     for name, p in transformer.named_parameters():
-        if (
-            "norm" in name
-            and ".linear." in name
-            or name.startswith(("proj_out", "norm_out.linear"))
-        ):
+        modulation = "norm" in name and ".linear." in name
+        if modulation or name.startswith(("proj_out", "norm_out.linear")):
             torch.nn.init.zeros_(p)
 
 
-VLM_SPECIAL = [
-    "<image>",
-    "<answer>",
-]  # one <image> for each of the 17 tokens of a panel; <answer> opens the reply
+# ---- the VLM -------------------------------------------------------------------------------------
+VLM_SPECIAL = ["<image>", "<answer>"]  # <image>: a token of a panel; <answer> opens the reply
 VLM_TEMPLATE = """{%- for message in messages -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}<image>{%- else -%}{{ part['text'] }}{%- endif -%}
@@ -280,39 +281,27 @@ VLM_TEMPLATE = """{%- for message in messages -%}
 
 
 def vlm_tokenizer(words):
-    """The word-level tokenizer, with line breaks as words of their own and nothing added around a text."""
-    tokenizer = word_tokenizer(["\n", *words], 512, extra=VLM_SPECIAL)
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"[.,:;?!()\"\n]"), "isolated"),
-        ]
-    )
+    """The word-level tokenizer, with line breaks as words of their own and nothing added around a
+    text."""
+    backend = word_tokenizer(["\n", *words], 512, extra=VLM_SPECIAL).backend_tokenizer
+    spaces = pre_tokenizers.Split(Regex(r"[ \t]+"), "removed")
+    marks = pre_tokenizers.Split(Regex(r"[.,:;?!()\"\n]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([spaces, marks])
     backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    backend.decoder = decoders.Sequence(
-        [  # words joined by spaces, none before punctuation and around line breaks
-            decoders.WordPiece(prefix="##", cleanup=True),
-            decoders.Fuse(),
-            decoders.Replace(" :", ":"),
-            decoders.Replace(" \n ", "\n"),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        extra_special_tokens=VLM_SPECIAL,
-        model_max_length=512,
-        padding_side="left",
-    )
+    joined = [  # by spaces, but for punctuation and line breaks
+        decoders.WordPiece(prefix="##", cleanup=True),
+        decoders.Fuse(),
+        decoders.Replace(" :", ":"),
+        decoders.Replace(" \n ", "\n"),
+    ]
+    backend.decoder = decoders.Sequence(joined)
+    return wrap(backend, 512, VLM_SPECIAL, padding_side="left")
 
 
 def make_vlm(words):
-    """A LLaVA and its processor: a CLIP vision transformer sees a panel as 16 patches of 8x8 pixels and a class token,
-    a two-layer projector hands all 17 to a Llama. `words` are what it can read and write."""
+    """A LLaVA and its processor: a CLIP vision transformer sees a panel as 16 patches of 8x8 pixels
+    and a class token, a two-layer projector hands all 17 to a Llama. `words` are what it can read
+    and write."""
     tokenizer = vlm_tokenizer(words)
     vision = CLIPVisionConfig(
         hidden_size=192,
@@ -332,31 +321,32 @@ def make_vlm(words):
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=3,
+        **NUMBERS,
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            image_seq_length=17,
-            tie_word_embeddings=True,
-        )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=17,
+        tie_word_embeddings=True,
     )
-    model.model.vision_tower.post_layernorm.requires_grad_(
-        False
-    )  # LLaVA takes the features before it
+    model = LlavaForConditionalGeneration(config)
+    unused = model.model.vision_tower.post_layernorm  # LLaVA takes the features before it
+    unused.requires_grad_(False)
+    return model, make_processor(tokenizer)
+
+
+def make_processor(tokenizer):
+    """The VLM's pictures and texts as tensors."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": PANEL},
         crop_size={"height": PANEL, "width": PANEL},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor = LlavaProcessor(
+    return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=PANEL // 4,
@@ -364,44 +354,47 @@ def make_vlm(words):
         num_additional_image_tokens=1,
         chat_template=VLM_TEMPLATE,
     )
-    return model, processor
 
 
+# ---- the judges ----------------------------------------------------------------------------------
 def judge_labels():
-    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all eleven attributes."""
-    attributes = (world.IDENTITY | world.CONTEXT | {"pose": world.POSE_NAMES}).items()
-    return [f"{name}: {value or 'nothing'}" for name, values in attributes for value in values]
+    """The judge's logits, in order: "shape: round", "shape: square", ... all values of all
+    attributes."""
+    attributes = world.IDENTITY | world.CONTEXT | {"pose": world.POSE_NAMES}
+    pairs = [(name, value) for name, values in attributes.items() for value in values]
+    return [f"{name}: {value or 'nothing'}" for name, value in pairs]
+
+
+def label_tables():
+    """The labels by number and the numbers by label, as a configuration wants them."""
+    labels = dict(enumerate(judge_labels()))
+    return {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
 
 
 def make_judge():
-    """A small ConvNeXt whose logits are eleven classifications side by side, each with an argmax of its own."""
-    labels = dict(enumerate(judge_labels()))
-    return ConvNextForImageClassification(
-        ConvNextConfig(
-            image_size=PANEL,
-            patch_size=2,
-            num_stages=3,
-            hidden_sizes=[48, 96, 160],
-            depths=[2, 2, 2],
-            drop_path_rate=0.0,
-            id2label=labels,
-            label2id={label: i for i, label in labels.items()},
-        )
+    """A small ConvNeXt whose logits are one classification for each attribute, side by side."""
+    config = ConvNextConfig(
+        image_size=PANEL,
+        patch_size=2,
+        num_stages=3,
+        hidden_sizes=[48, 96, 160],
+        depths=[2, 2, 2],
+        drop_path_rate=0.0,
+        **label_tables(),
     )
+    return ConvNextForImageClassification(config)
 
 
 def make_witness():
-    """A judge of another architecture: a small vision transformer, which sees a panel as 64 patches of 4x4 pixels."""
-    labels = dict(enumerate(judge_labels()))
-    return ViTForImageClassification(
-        ViTConfig(
-            image_size=PANEL,
-            patch_size=4,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            id2label=labels,
-            label2id={label: i for i, label in labels.items()},
-        )
+    """A judge of another architecture: a small vision transformer, which sees a panel as 64 patches
+    of 4x4 pixels."""
+    config = ViTConfig(
+        image_size=PANEL,
+        patch_size=4,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        **label_tables(),
     )
+    return ViTForImageClassification(config)
