@@ -1,7 +1,6 @@
 """What the miniature's models are made of: stock classes, small sizes."""
 
 import itertools
-
 import re
 
 import torch
