@@ -220,11 +220,11 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
 
 
 @torch.no_grad()
-def encode_prompts(pipe, prompts):
-    """B prompts -> T5's embeddings (B, L, D), where L is the tokenizer's limit, CLIP's (B, P)."""
+def encode_prompts(pipe, prompts, tokens=None):
+    """B prompts -> T5's embeddings (B, L, D) of L tokens, by default the limit; CLIP's (B, P)."""
     prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
-    limit = pipe.tokenizer_2.model_max_length
-    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=limit)
+    tokens = tokens or pipe.tokenizer_2.model_max_length
+    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=tokens)
     return embeds, pooled
 
 

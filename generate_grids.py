@@ -1,317 +1,276 @@
 """Step 1 (paper section 3.1): the teacher draws grids that show one subject in four settings.
 
-    python generate_grids.py                                       # the miniature: minutes on two CPU cores
+    python generate_grids.py                                       # the miniature, on a CPU
     python generate_grids.py --model black-forest-labs/FLUX.1-dev  # one CUDA GPU
     python generate_grids.py --prompts my_prompts.txt --count 40
-    python generate_grids.py --llm Qwen/Qwen2.5-7B-Instruct        # a chat model invents the subjects and the settings
+    python generate_grids.py --llm Qwen/Qwen2.5-7B-Instruct        # a chat model invents subjects
 
-The four panels of a grid are one image whose tokens attend to one another, so an unmodified text-to-image model draws
-the same subject in all of them. Which panels really agree is the question of the next step, curate.py.
+The four panels of a grid are one image whose tokens attend to one another, so an unmodified
+text-to-image model draws the same subject in all of them. Which panels really agree is the question
+of the next step, curate.py. Two options make more of them agree (our choice, not the paper's):
+--agreement 1  Push every step away from the panels drawn alone. This needs no words, but a third
+               pass, of four small images: FLUX.1-dev, which has no second, needs twice the time.
+--negative     Guide away from the prompt of four different subjects, not from the empty one. This
+               costs nothing beside --true_cfg_scale, but the teacher must know the words.
+A model distilled to a few steps (FLUX.1-schnell, --steps 4) serves here only; training ruins it.
 
-Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file, prompt, subject, seed, ...) and
-`overview.png`. Started again after an interruption, the same command draws only what is missing; with a larger --count
-it adds grids to those that are there.
+Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file, prompt, subject,
+seed, ...) and `overview.png`. Started again after an interruption, the same command draws only what
+is missing; with a larger --count it adds grids to those that are there.
 """
 
 import dsd
 
+import argparse
+import collections
+import functools
 import json
 import random
 import re
 from pathlib import Path
 
 import torch
-import transformers
-from accelerate import PartialState
 from diffusers import FluxPipeline
 
-# The grammar for a model whose folder brings none (FLUX.1). A panel's prompt is one choice from each list.
+import subjects
+
+
+def words(text):
+    return text.split(", ")
+
+
+# The grammar for a model whose folder brings none (FLUX.1). A panel's prompt is one choice from
+# each list. An opposite is the prompt of a grid whose panels do not agree, for --negative.
 GRAMMAR = {
     "subject": "a grid of 4 images representing the same {subject}: {panels}",
-    "relight": "a grid of 4 images representing the same scene, {subject} {scene}, seen from the same place in "
-    "different light: {panels}",
+    "relight": "a grid of 4 images representing the same scene, {subject} {scene}, seen from the "
+    "same place in different light: {panels}",
+    "opposites": {
+        "subject": "a grid of 4 images, each representing a different {subject}: {panels}",
+        "relight": "a grid of 4 images, each representing a different scene, {subject} {scene}, "
+        "seen from a different place in different light: {panels}",
+    },
     "panels": ["top left {}", "top right {}", "bottom left {}", "bottom right {}"],
     "nouns": [
-        ["small", "old", "cheerful", "fluffy", "striped", "wooden", "glass", "clockwork"],
-        [
-            "robot",
-            "fox",
-            "teapot",
-            "backpack",
-            "dragon",
-            "owl",
-            "sneaker",
-            "cat",
-            "toy car",
-            "lantern",
-            "rabbit",
-            "astronaut doll",
-            "guitar",
-            "turtle",
-            "armchair",
-        ],
+        words("small, old, cheerful, fluffy, striped, wooden, glass, clockwork"),
+        words(
+            "robot, fox, teapot, backpack, dragon, owl, sneaker, cat, toy car, lantern, rabbit, "
+            "astronaut doll, guitar, turtle, armchair"
+        ),
     ],
-    "scenes": [
-        "on a beach",
-        "in a snowy forest",
-        "on a kitchen table",
-        "in a busy street",
-        "in a flower meadow",
-        "on a mountain top",
-        "in a library",
-        "by a camp fire",
-        "in a desert",
-        "on a boat",
-    ],
-    "extras": [
-        "",
-        "",
-        "seen from the side",
-        "in the rain",
-        "next to a stack of books",
-        "wrapped in a scarf",
-    ],
-    "lights": [
-        "in morning light",
-        "at sunset",
-        "by moonlight",
-        "under neon signs",
-        "by candle light",
-    ],
+    "scenes": words(
+        "on a beach, in a snowy forest, on a kitchen table, in a busy street, in a flower meadow, "
+        "on a mountain top, in a library, by a camp fire, in a desert, on a boat"
+    ),
+    "extras": ["", ""]
+    + words("seen from the side, in the rain, next to a stack of books, wrapped in a scarf"),
+    "lights": words("in morning light, at sunset, by moonlight, under neon signs, by candle light"),
 }
-LLM_REQUEST = """Invent one clear subject (a character, an animal or an object) that could star in a picture book, and \
-four different settings for it. For inspiration only, some captions of real pictures: {captions}
-Answer with JSON only: {{"subject": "...", "settings": ["...", "...", "...", "..."]}}. The subject has at most 12 \
-words and names no place; each setting has at most 15 words and does not repeat the subject."""
-CAPTIONS = [
-    "a brown dog asleep on a red sofa",
-    "a vintage bicycle leaning on a wall",
-    "a chef plating a dessert",
-    "two kites over a windy beach",
-    "a porcelain cup with a painted bird",
-    "a fire engine outside a station",
-    "an elderly violinist on a bridge",
-    "a hiking boot on a mossy stone",
-    "a parrot on a branch",
-]
+Layout = collections.namedtuple("Layout", "rows columns h w")  # panels of h x w latent pixels
+LINE = "subject | setting | setting | setting | setting"  # of a file with prompts
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-def grid_prompt(grammar, family, subject, scene, phrases):
-    """A grid's record from its parts. phrases: what the prompt says of each of the four panels, in reading order."""
+# ---- prompts -------------------------------------------------------------------------------------
+def read_grammar(args):
+    """The grammar of the model's folder, or the one above."""
+    grammar = dsd.folder_settings(args.model, "generate_grids").get("grammar", GRAMMAR)
+    with dsd.explained(f"{args.model}/dsd.json: its grammar cannot be used"):
+        tried = [grammar_prompt(grammar, [family], 0) for family in ("subject", "relight")]
+        if len(grammar["panels"]) != 4:
+            raise ValueError("it must name four panels")
+    if args.negative and (args.true_cfg_scale == 1 or not all(grid["opposite"] for grid in tried)):
+        raise dsd.DsdError(
+            "--negative needs --true_cfg_scale above 1, and opposites in the grammar"
+        )
+    return grammar
+
+
+def grid_prompt(grammar, family, subject, scene, settings):
+    """A grid's record from its parts. settings: what the prompt says of each panel, in reading
+    order. "opposite" is the prompt for --negative, None if the grammar has none."""
     name = re.sub("^(an?|the) ", "", subject, flags=re.IGNORECASE)
-    panels = ", ".join(place.format(phrase) for place, phrase in zip(grammar["panels"], phrases))
-    prompt = grammar[family].format(
-        subject=name if family == "subject" else subject, scene=scene, panels=panels
-    )
+    panels = ", ".join(place.format(text) for place, text in zip(grammar["panels"], settings))
+    parts = {"subject": name if family == "subject" else subject, "scene": scene, "panels": panels}
+    opposite = grammar.get("opposites", {}).get(family)
     return {
-        "prompt": prompt,
-        "panel_prompts": [" ".join(filter(None, (subject, scene, p))) for p in phrases],
+        "prompt": grammar[family].format(**parts),
+        "opposite": opposite and opposite.format(**parts),
+        "panel_prompts": [" ".join(filter(None, (subject, scene, text))) for text in settings],
         "subject": name,
         "family": family,
+        "rows": 2,
+        "columns": 2,
     }
 
 
 def grammar_prompt(grammar, families, seed):
     """One random grid of the grammar."""
     draw = random.Random(seed)
+
+    def phrase(*lists):
+        return " ".join(filter(None, [draw.choice(grammar[name]) for name in lists]))
+
     family = draw.choice(families)
     noun = " ".join(draw.choice(words) for words in grammar["nouns"])
-    subject = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-    scene = " ".join(filter(None, (draw.choice(grammar["scenes"]), draw.choice(grammar["extras"]))))
+    subject = f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    scene = phrase("scenes", "extras")
     if family == "relight":  # one scene in four lights
         return grid_prompt(grammar, family, subject, scene, draw.sample(grammar["lights"], 4))
-    phrases = [
-        " ".join(filter(None, (draw.choice(grammar[k]) for k in ("scenes", "lights", "extras"))))
-        for _ in range(4)
-    ]
-    return grid_prompt(grammar, family, subject, "", phrases)
+    settings = [phrase("scenes", "lights", "extras") for _ in range(4)]
+    return grid_prompt(grammar, family, subject, "", settings)
 
 
 def file_prompts(path, grammar):
-    """Grids from a text file with lines "subject | setting | setting | setting | setting"; blank lines are skipped."""
+    """Grids from a text file with lines "subject | setting | setting | setting | setting"; blank
+    lines are skipped. The file is read once, so it may be a pipe."""
     with dsd.explained(f"--prompts {path}: give a UTF-8 text file"):
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    if not any(lines):
-        raise dsd.DsdError(f"--prompts {path}: there is no prompt in it")
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     grids = []
     for number, line in enumerate(lines, 1):
-        subject, *phrases = [part.strip() for part in line.split("|")]
-        if line and (len(phrases) != 4 or not all([subject, *phrases])):
-            raise dsd.DsdError(
-                f'{path}, line {number}: wanted "subject | setting | setting | setting | setting"'
-            )
-        if line:
-            grids.append(grid_prompt(grammar, "subject", subject, "", phrases))
+        subject, *settings = [part.strip() for part in line.split("|")]
+        if len(settings) == 4 and all([subject, *settings]):
+            grids.append(grid_prompt(grammar, "subject", subject, "", settings))
+        elif line.strip():
+            raise dsd.DsdError(f'{path}, line {number}: wanted "{LINE}"')
+    if not grids:
+        raise dsd.DsdError(f"--prompts {path}: there is no prompt in it")
     return grids
 
 
-# ---- prompts by a chat model -----------------------------------------------------------------------------------------
-def parse_llm(answer):
-    """The subject and four settings in a chat model's answer, or None if it is not usable."""
-    try:
-        found = json.loads(re.search(r"\{.*\}", answer, re.DOTALL).group())
-        subject, phrases = (
-            found["subject"].strip(),
-            [phrase.strip() for phrase in found["settings"]],
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-    good = (
-        0 < len(subject.split()) <= 12
-        and len(phrases) == 4
-        and len({phrase.lower() for phrase in phrases}) == 4
-    )
-    return (
-        (subject, phrases)
-        if good and all(0 < len(phrase.split()) <= 15 for phrase in phrases)
-        else None
-    )
-
-
-def ask_llm(model, tokenizer, number, seed):
-    """The chat model's answer to request `number`. It depends on the number and the seed, not on earlier answers."""
-    torch.manual_seed(seed * 1_000_003 + number)
-    some = random.Random(seed * 1_000_003 + number).sample(CAPTIONS, 3)
-    request = [{"role": "user", "content": LLM_REQUEST.format(captions="; ".join(some))}]
-    inputs = tokenizer.apply_chat_template(
-        request, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=1.0)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def llm_prompts(args, grammar):
-    """`args.count` grids of different subjects that a chat model invents. Every answer is kept in --out/subjects.
-
-    The processes share the questions in rounds, so that none waits long for another."""
-    state, model, grids, asked = PartialState(), None, {}, 0
-    while len(grids) < args.count:
-        if asked > 20 + 4 * len(grids):
-            raise dsd.DsdError(
-                f"--llm {args.llm}: only {len(grids)} of {asked} answers could be used; take a larger "
-                "chat model, or --prompts"
-            )
-        files = [
-            args.out / "subjects" / f"{n:06d}.json"
-            for n in range(asked, asked + 8 * state.num_processes)
-        ]
-        for file in files[state.process_index :: state.num_processes]:
-            if not file.exists():
-                model = model or load_llm(args)
-                dsd.write_json(file, {"answer": ask_llm(*model, int(file.stem), args.seed)})
-        state.wait_for_everyone()
-        for subject, phrases in filter(
-            None, (parse_llm(dsd.read_json(file)["answer"]) for file in files)
-        ):
-            grids.setdefault(subject.lower(), grid_prompt(grammar, "subject", subject, "", phrases))
-        asked += len(files)
-    return list(grids.values())[: args.count]
-
-
-def load_llm(args):
-    """A chat model and its tokenizer."""
-    dsd.check_here(args.llm)
-    with dsd.explained(
-        f"--llm {args.llm}: not a chat model that can be loaded"
-    ):  # or one without a chat template
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.llm)
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-        return dsd.load_language_model(
-            transformers.AutoModelForCausalLM, args.llm, args.quantize
-        ), tokenizer
-
-
-def plan(args, grammar):
-    """Every grid of this run in order, a list of records: what to draw, and with which seed."""
-    seed = args.seed * 1_000_003  # far apart: no grid of one --seed is a grid of another
+def plan(args, grammar, listed):
+    """Every grid of this run in order, a list of records: what to draw, and with which seed.
+    listed: the grids of --prompts, which are repeated with other seeds up to --count, or None."""
+    if args.llm:
+        found = subjects.invent(args.llm, args.count, args.out, args.seed, args.quantize)
+        listed = [grid_prompt(grammar, "subject", who, "", settings) for who, settings in found]
     families = ["subject", "subject", "relight"] if args.family == "both" else [args.family]
-    listed = (
-        file_prompts(args.prompts, grammar)
-        if args.prompts
-        else llm_prompts(args, grammar)
-        if args.llm
-        else None
-    )
-    return [
-        {
-            "file": f"{i:06d}.png",
-            **(listed[i % len(listed)] if listed else grammar_prompt(grammar, families, seed + i)),
-            "seed": seed + i,
-            "rows": 2,
-            "columns": 2,
-        }
-        for i in range(args.count or len(listed))
-    ]
+    grids = []
+    for i in range(args.count or len(listed)):
+        seed = args.seed * 1_000_003 + i  # no grid of one --seed is a grid of another
+        grid = listed[i % len(listed)] if listed else grammar_prompt(grammar, families, seed)
+        grids.append({"file": f"{i:06d}.png", **grid, "seed": seed})
+    return grids
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 def draw_grids(pipe, grids, args):
-    """A batch of grids by the stock pipeline, each with its own generator: the batch size matters to rounding only."""
+    """A batch of grids, a list of images: by the stock pipeline or, with --agreement, by our loop.
+    Each has its own generator, so that the batch size changes it by rounding only."""
+    generators = [torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids]
+    if args.agreement > 0:
+        return draw_agreeing_grids(pipe, grids, generators, args)
     pixels = pipe(
         [grid["prompt"] for grid in grids],
-        negative_prompt=[""] * len(grids),
+        negative_prompt=negative_prompts(grids, args),
         true_cfg_scale=args.true_cfg_scale,
         guidance_scale=args.guidance_scale,
-        width=2 * args.width,
-        height=2 * args.height,
+        height=grids[0]["rows"] * args.height,
+        width=grids[0]["columns"] * args.width,
         num_inference_steps=args.steps,
         max_sequence_length=pipe.tokenizer_2.model_max_length,
-        generator=[torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids],
+        generator=generators,
         output_type="pt",
     ).images
-    return dsd.to_images(pixels)  # (B, 3, 2 height, 2 width)
+    return dsd.to_images(pixels)
 
 
+def negative_prompts(grids, args):  # what text guidance pushes away from
+    return [grid["opposite"] if args.negative else "" for grid in grids]
+
+
+# ---- agreement guidance (our choice) -------------------------------------------------------------
+def cut_tokens(tokens, layout):
+    """Tokens (B, N, C) of grids -> tokens (B P, N / P, C) of their P panels, in reading order."""
+    rows, columns, h, w = layout
+    cells = tokens.unflatten(1, (rows, h // 2, columns, w // 2)).transpose(2, 3)
+    return cells.flatten(3, 4).flatten(0, 2)  # from (B, rows, columns, h / 2, w / 2, C)
+
+
+def join_tokens(tokens, layout):
+    """The inverse of `cut_tokens`."""
+    rows, columns, h, w = layout
+    cells = tokens.unflatten(1, (h // 2, w // 2)).unflatten(0, (-1, rows, columns))
+    return cells.transpose(2, 3).flatten(1, 4)  # from (B, rows, h / 2, columns, w / 2, C)
+
+
+def agreement_velocity(model, x, text, null_text, panel_text, layout, a, b):
+    """The velocity at x (B, N, 64), pushed towards the prompt and towards panels that agree:
+    v = v_joint + a (v_joint - v_null) + b (v_joint - v_alone).
+
+    Panels agree because they attend to one another; in v_alone they cannot: each is an image of its
+    own, with its own prompt and positions from 0. So the last term is classifier-free guidance with
+    "the other panels" as the condition (our choice). a = true_cfg_scale - 1 in stock pipelines.
+
+    model(x, text, h, w) -> v, for images of h x w latent pixels; text, null_text: tensors with B
+    rows; panel_text: with a row for each panel. A pass of weight 0 is left out."""
+    rows, columns, h, w = layout
+    v_joint = model(x, text, rows * h, columns * w)
+    v = v_joint
+    if a > 0:
+        v_null = model(x, null_text, rows * h, columns * w)
+        v = v + a * (v_joint - v_null)
+    if b > 0:
+        v_alone = join_tokens(model(cut_tokens(x, layout), panel_text, h, w), layout)
+        v = v + b * (v_joint - v_alone)
+    return v
+
+
+@torch.no_grad()
+def draw_agreeing_grids(pipe, grids, generators, args):
+    """The stock pipeline's sampler with the velocity of agreement guidance: a list of images."""
+    rows, columns, factor = grids[0]["rows"], grids[0]["columns"], pipe.vae_scale_factor
+    layout = Layout(rows, columns, args.height // factor, args.width // factor)
+    panel_prompts = [prompt for grid in grids for prompt in grid["panel_prompts"] if prompt]
+    if rows * columns == 1 or len(panel_prompts) != rows * columns * len(grids):
+        raise dsd.DsdError("--agreement needs grids of two or more panels, each with a prompt")
+    text = dsd.encode_prompts(pipe, [grid["prompt"] for grid in grids])
+    null_text = dsd.encode_prompts(pipe, negative_prompts(grids, args))
+    panel_text = dsd.encode_prompts(pipe, panel_prompts, args.panel_tokens)
+    size = rows * args.height, columns * args.width
+    channels, dtype, device = pipe.vae.config.latent_channels, text[0].dtype, text[0].device
+    x, _ = pipe.prepare_latents(len(grids), channels, *size, dtype, device, generators)
+
+    def predict(t, x, text, h, w):
+        sigma = t.expand(len(x)).to(x.dtype) / 1000  # cast first, as stock pipelines do
+        ids = dsd.position_ids(h, w).to(x)
+        return dsd.run_transformer(pipe.transformer, x, sigma, text, ids, args.guidance_scale)
+
+    a, b = args.true_cfg_scale - 1, args.agreement
+    for t in dsd.start_schedule(pipe, args.steps, tokens=x.shape[1]):  # t = 1000 sigma
+        model = functools.partial(predict, t)
+        v = agreement_velocity(model, x, text, null_text, panel_text, layout, a, b)
+        x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
+    pixels = dsd.decode(pipe.vae, x, rows * layout.h, columns * layout.w)
+    pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
+    return dsd.to_images(pipe.image_processor.postprocess(pixels, output_type="pt"))
+
+
+# ---- command line --------------------------------------------------------------------------------
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/grids")
-    add = parser.add_argument
+    add, at_least = parser.add_argument, dsd.at_least
+    whole, real = at_least(1), at_least(0, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add(
-        "--count",
-        type=dsd.at_least(1),
-        default=100,
-        help="how many grids; with --prompts as many as are listed",
-    )
-    add(
-        "--family",
-        choices=["both", "subject", "relight"],
-        default="both",
-        help="subject: four new settings; relight: one scene in four lights; both: two to one",
-    )
-    told = parser.add_mutually_exclusive_group()
-    told.add_argument(
-        "--prompts", help="text file with lines: subject | setting | setting | setting | setting"
-    )
-    told.add_argument(
-        "--llm", help="chat model (folder or hub name) that invents subjects and settings"
-    )
-    add(
-        "--batch_size",
-        type=dsd.at_least(1),
-        default=1,
-        help="grids drawn together; affects speed and memory",
-    )
-    add("--steps", type=dsd.at_least(1), default=28, help="Euler steps of the sampler")
-    add("--panel", type=dsd.at_least(1), default=512, help="side of a square panel in pixels")
-    add("--width", type=dsd.at_least(1), help="width of a panel that is not square")
-    add("--height", type=dsd.at_least(1), help="height of a panel that is not square")
-    add(
-        "--guidance_scale",
-        type=dsd.at_least(0, float),
-        default=3.5,
-        help="distilled guidance, if the model has it",
-    )
-    add(
-        "--true_cfg_scale",
-        type=dsd.at_least(1, float),
-        default=1.0,
-        help="prompt guidance by a second pass; 1 is off",
-    )
-    add("--seed", type=dsd.at_least(0), default=0, help="random seed of prompts and noise")
+    add("--count", type=whole, default=100, help="how many grids; with --prompts one for each line")
+    text = "subject: four new settings; relight: one scene in four lights; both: two to one"
+    add("--family", choices=["both", "subject", "relight"], default="both", help=text)
+    listed = parser.add_mutually_exclusive_group()
+    listed.add_argument("--prompts", help=f"text file of lines: {LINE}")
+    listed.add_argument("--llm", help="chat model (folder or hub name) that invents the prompts")
+    add("--batch_size", type=whole, default=1, help="grids drawn together; for speed and memory")
+    add("--steps", type=whole, default=28, help="Euler steps of the sampler")
+    add("--panel", type=whole, default=512, help="side of a square panel in pixels")
+    add("--width", type=whole, help="width of a panel that is not square")
+    add("--height", type=whole, help="height of a panel that is not square")
+    add("--guidance_scale", type=real, default=3.5, help="distilled guidance, if the model has it")
+    add("--true_cfg_scale", type=at_least(1, float), default=1.0, help="prompt guidance; 1 is off")
+    add("--negative", action=argparse.BooleanOptionalAction, default=False, help="see above")
+    add("--agreement", type=real, default=0.0, help="see above; 1 is usual, 0 is off")
+    add("--panel_tokens", type=whole, help="T5 tokens of a panel drawn alone, if not a grid's")
+    add("--seed", type=at_least(0), default=0, help="random seed of prompts and noise")
     parser.add_large_model_options()
-    listed = {"count": None} if parser.peek("prompts") else {}  # all that are listed
-    args = parser.parse("generate_grids", **listed)
+    lines = {"count": None} if parser.peek("prompts") else {}  # all lines of the file
+    args = parser.parse("generate_grids", **lines)
     args.width, args.height = args.width or args.panel, args.height or args.panel
     return args
 
@@ -319,34 +278,31 @@ def parse_args():
 def main():
     args = parse_args()
     dsd.check_model(args.model, args.width, args.height)
-    grammar = dsd.folder_settings(args.model, "generate_grids").get("grammar", GRAMMAR)
+    grammar = read_grammar(args)
+    listed = file_prompts(args.prompts, grammar) if args.prompts else None
     lock = dsd.open_out(
         args,
         "generate_grids",
         changeable=["count", "batch_size", "offload"],
-        prompts=args.prompts and dsd.digest(args.prompts),
+        prompts=listed and dsd.digest(text=json.dumps(listed)),
         grammar=dsd.digest(text=json.dumps(grammar)),
     )
-    grids = plan(args, grammar)  # before the pipeline is loaded: a chat model needs the memory
+    grids = plan(args, grammar, listed)  # before the pipeline: a chat model needs the memory
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
+    dsd.warn_of_prompts(pipe, [g["prompt"] for g in grids] + negative_prompts(grids, args))
     if dsd.is_main_process():
         dsd.write_json(args.out / "grids.jsonl", grids)
-    pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
-    dsd.warn_of_prompts(pipe, [grid["prompt"] for grid in grids])
     for batch in dsd.batches(grids, args.batch_size, "grids"):
-        if not all((args.out / grid["file"]).exists() for grid in batch):
-            for grid, image in zip(batch, draw_grids(pipe, batch, args)):
-                if not (
-                    args.out / grid["file"]
-                ).exists():  # with a larger --count a batch may begin with old grids
+        missing = [not (args.out / grid["file"]).exists() for grid in batch]
+        if any(missing):  # with a larger --count a batch may begin with grids that are there
+            for grid, image, new in zip(batch, draw_grids(pipe, batch, args), missing):
+                if new:
                     dsd.save_image(image, args.out / grid["file"])
     if dsd.is_main_process():
+        overview = args.out / "overview.png"
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
-        dsd.contact_sheet(
-            [cells[i : i + 6] for i in range(0, len(cells), 6)], args.out / "overview.png"
-        )
-        print(
-            f"{len(grids)} grids in {args.out}, {dsd.memory_in_use()}; look at {args.out / 'overview.png'}"
-        )
+        dsd.contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], overview)
+        print(f"{len(grids)} grids in {args.out}, {dsd.memory_in_use()}; look at {overview}")
     lock.release()
 
 

@@ -120,7 +120,8 @@ def grids_row(args, rate):
     chosen = options(args, generate_grids)
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
     prompt = f"a grid of 4 images representing the same critter: {PROMPT}"
-    grids = [{"prompt": prompt, "seed": i} for i in range(args.batch)]
+    grid = {"prompt": prompt, "rows": 2, "columns": 2}
+    grids = [{**grid, "seed": seed} for seed in range(args.batch)]
 
     def stock():
         pipe(

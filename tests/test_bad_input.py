@@ -193,6 +193,7 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("curate", "--grids empty", "run generate_grids.py first"),
     ("finetune", "--pairs empty", "no pairs in empty; run curate.py first"),
     ("finetune", "--pairs odd", "36 x 36 pixels ... multiples of 8"),
+    ("generate_grids", "--negative --true_cfg_scale 1", "--negative needs --true_cfg_scale"),
     ("generate_grids", "--panel 33", "33 x 33 pixels ... multiples of 8"),
     ("sample", "--width 35", "35 ... multiples of 8"),
     ("sample", "--height 35", "35 ... multiples of 8"),
@@ -207,7 +208,8 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
 ]
 VALUES = {  # script -> options with values that are each refused, in a line that names the option
     "generate_grids": "--steps=0 --steps=-3 --steps=1.5 --steps=many --count=0 --seed=-1 --step=3 "
-    "--guidance_scale=nan --guidance_scale=-1 --family=twins --color=red --device=cuda "
+    "--guidance_scale=nan --guidance_scale=-1 --agreement=-1 --agreement=inf --panel_tokens=0 "
+    "--family=twins --color=red --device=cuda "
     f"--seed={10**30}",
     "curate": "--batch_size=0 --tolerance=-1 --caption=poem --max_new_tokens=0 --device=cuda",
     "finetune": "--rank=0 --shift=0 --learning_rate=-1 --learning_rate=inf --precision=fp8 "
@@ -286,6 +288,14 @@ OPTIONS = {  # of the things that are broken
     "pairs": "--pairs",
     "good.png": "--image",
 }
+
+
+def grammar(**changes):
+    """The dsd.json of a model with FLUX.1's grammar, but for some parts, and with --negative."""
+    options = {"negative": True, "true_cfg_scale": 3, "grammar": generate_grids.GRAMMAR | changes}
+    return json.dumps({"generate_grids": options}).encode()
+
+
 BROKEN = [
     # Scripts, a file of the folder `given`, what it is replaced by in a copy (bytes, a function of
     # the old ones, or None: it is missing), words that the line must hold.
@@ -306,6 +316,9 @@ BROKEN = [
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": "a"}}', "--panel ... a"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": [32]}}', "dsd.json"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": [1]}', "dsd.json"),
+    ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"grammar": {}}}', "grammar cannot"),
+    ("generate_grids", "flux/dsd.json", grammar(panels=["{}"]), "grammar ... four panels"),
+    ("generate_grids", "flux/dsd.json", grammar(opposites={}), "--negative needs ... opposites"),
     ("finetune", "flux/dsd.json", b'{"finetune": {"batch_size": 0}}', "--batch_size ... least 1"),
     ("curate", "vlm/model.safetensors", None, "vlm as a vision-language model"),
     ("curate", "vlm/model.safetensors", BOMB, "vlm as a vision-language model"),

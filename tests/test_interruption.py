@@ -114,7 +114,8 @@ def whole(tmp_path_factory, flux, vlm, pairs):
     for i, file in enumerate(critters):
         critter(4000, [i, 0, 0]).save(file)
     arguments = {
-        "generate_grids": ["--model", flux, "--count", 5, "--steps", 1, "--batch_size", 2],
+        "generate_grids": ["--model", flux, "--count", 5, "--steps", 1, "--batch_size", 2]
+        + ["--agreement", 1],
         "curate": [
             "--vlm",
             vlm,

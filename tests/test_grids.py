@@ -1,0 +1,142 @@
+"""How grids are drawn so that more panels agree, and where their prompts come from."""
+
+import dsd
+
+import argparse
+import os
+import threading
+
+import pytest
+import torch
+from conftest import difference, noise_image, pictures
+from diffusers import FluxPipeline
+from random_models import make_flux
+
+import generate_grids
+import subjects
+
+TINY = "--count 2 --steps 2 --batch_size 2"
+
+
+@pytest.fixture(scope="session", params=["miniature", "dev", "schnell"])
+def teacher(request, tmp_path_factory):
+    """A model folder; of "dev" and "schnell" only the classes and the settings are FLUX.1's."""
+    if request.param == "miniature":
+        return dsd.MINIATURE / "flux"
+    folder = tmp_path_factory.mktemp("teacher") / request.param
+    return make_flux(folder, guidance_embeds=request.param == "dev")
+
+
+# ---- agreement guidance --------------------------------------------------------------------------
+@pytest.mark.parametrize("rows, columns, height, width", [(2, 2, 32, 32), (3, 1, 16, 48)])
+def test_panels_cut_from_tokens_are_those_cut_from_the_image(rows, columns, height, width):
+    image = noise_image(columns * width, rows * height)
+    panels = [dsd.to_pixels([panel]) for panel in dsd.cut_grid(image, rows, columns)]
+    layout = generate_grids.Layout(rows, columns, height, width)
+    grid = dsd.pack(dsd.to_pixels([image, image]))
+    cut = generate_grids.cut_tokens(grid, layout)
+    assert torch.equal(cut, torch.cat([dsd.pack(panel) for panel in 2 * panels]))
+    assert torch.equal(generate_grids.join_tokens(cut, layout), grid)
+
+
+@pytest.mark.parametrize("a, b, passes", [(0, 0, 1), (2, 0, 2), (0, 1, 2), (2, 1, 3)])
+def test_the_velocity_is_the_formula_and_needs_no_more_passes(a, b, passes):
+    layout, seen = generate_grids.Layout(2, 1, 4, 6), []
+    x = torch.randn(1, 12, 64)
+
+    def model(x, text, h, w):
+        seen.append((text, tuple(x.shape), h, w))
+        return {"joint": 3 * x, "null": x + 1, "alone": 2 * x - 1}[text]
+
+    v = generate_grids.agreement_velocity(model, x, "joint", "null", "alone", layout, a, b)
+    wanted = 3 * x + a * (3 * x - (x + 1)) + b * (3 * x - (2 * x - 1))
+    torch.testing.assert_close(v, wanted)
+    assert len(seen) == passes and seen[0] == ("joint", (1, 12, 64), 8, 6)
+    assert b == 0 or seen[-1] == ("alone", (2, 6, 64), 4, 6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_without_agreement_the_loop_draws_the_stock_pipelines_grids(teacher, scale, monkeypatch):
+    options = f"--model {teacher} {TINY} --height 32 --width 48 --true_cfg_scale {scale}"
+    monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
+    args = generate_grids.parse_args()
+    grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
+    pipe = dsd.load_pipeline(FluxPipeline, teacher)
+    stock = generate_grids.draw_grids(pipe, grids, args)
+    assert stock[0].size == (96, 64)
+    generators = [torch.Generator().manual_seed(grid["seed"]) for grid in grids]
+    ours = generate_grids.draw_agreeing_grids(pipe, grids, generators, args)
+    assert difference(ours, stock) <= 1
+    args.agreement = 1.0
+    assert difference(generate_grids.draw_grids(pipe, grids, args), stock) > 1
+
+
+@pytest.mark.parametrize("prompts", [["a fox"], ["a fox", "a fox", "", "a fox"]])
+def test_a_panel_alone_needs_another_panel_and_a_prompt(prompts, pipe):
+    grid = {"prompt": "a grid", "panel_prompts": prompts, "rows": 1, "columns": len(prompts)}
+    args = argparse.Namespace(height=32, width=32)
+    with pytest.raises(dsd.DsdError, match="two or more panels, each with a prompt"):
+        generate_grids.draw_agreeing_grids(pipe, [grid], [], args)
+
+
+def test_agreement_changes_the_grids_and_is_part_of_a_runs_identity(run, refused, tmp_path):
+    out = ["--out", tmp_path / "grids"]
+    run(generate_grids, TINY, "--agreement 1", *out)
+    before = pictures(tmp_path / "grids")
+    assert "holds another run" in refused(generate_grids, TINY, *out)
+    run(generate_grids, TINY, "--agreement 1 --count 3", *out)
+    assert before.items() - pictures(tmp_path / "grids").items() == {
+        ("overview.png", before["overview.png"])
+    }
+
+
+# ---- the opposite as negative prompt -------------------------------------------------------------
+def test_an_opposite_differs_from_the_prompt_in_its_opening_only(teacher, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["generate_grids.py", f"--model={teacher}"])
+    grammar = generate_grids.read_grammar(generate_grids.parse_args())
+    for family in ("subject", "relight"):
+        grid = generate_grids.grammar_prompt(grammar, [family], 0)
+        (ours, rest), (theirs, same) = (grid[k].split(": ") for k in ("prompt", "opposite"))
+        assert rest == same and ours != theirs
+        assert "same" in ours and ("different" in theirs or "representing other" in theirs)
+
+
+def test_the_opposite_is_what_the_stock_pipeline_guides_against(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a tall critter | at noon | at sunset | in a cave | x\n")
+    draw = "--steps 2 --prompts", tmp_path / "prompts.txt", "--out"
+    for name, options in (("plain", "--no-negative"), ("against", "--negative")):
+        run(generate_grids, *draw, tmp_path / name, options)
+    (grid,) = dsd.read_records(tmp_path / "against" / "grids.jsonl")
+    pipe = FluxPipeline.from_pretrained(dsd.MINIATURE / "flux", dtype=torch.float32)
+    image = pipe(
+        grid["prompt"],
+        negative_prompt=grid["opposite"],
+        true_cfg_scale=3.0,
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        max_sequence_length=65,
+        generator=torch.Generator().manual_seed(grid["seed"]),
+    ).images[0]
+    against, plain = (
+        dsd.open_image(tmp_path / name / "000000.png") for name in ("against", "plain")
+    )
+    assert "other tall critter: first at noon" in grid["opposite"]
+    assert against == image and difference(against, plain) > 1
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_prompts_may_come_from_a_pipe(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    line = "a round critter | at noon | at sunset | in a cave | in space\n"
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=[line])
+    writer.start()
+    run(generate_grids, "--steps 1 --prompts", tmp_path / "pipe", "--out", tmp_path / "grids")
+    writer.join()
+    assert len(dsd.read_records(tmp_path / "grids" / "grids.jsonl")) == 1
+
+
+def test_the_form_that_a_chat_model_is_shown_is_the_form_that_is_read():
+    subject, settings = subjects.parse(subjects.REQUEST.format(captions="a cat"))
+    assert subject == "a clockwork owl with copper wings" and len(settings) == 4
