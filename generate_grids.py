@@ -9,7 +9,7 @@ The four panels of a grid are one image whose tokens attend to one another, so a
 text-to-image model draws the same subject in all of them. Which panels really agree is the question
 of the next step, curate.py. Two options make more of them agree (our choice, not the paper's):
 --agreement 1  Push every step away from the panels drawn alone. This needs no words, but a third
-               pass, of four small images: FLUX.1-dev, which has no second, needs twice the time.
+               pass, of four small images: FLUX.1-dev, which has no second, takes twice as long.
 --negative     Guide away from the prompt of four different subjects, not from the empty one. This
                costs nothing beside --true_cfg_scale, but the teacher must know the words.
 A model distilled to a few steps (FLUX.1-schnell, --steps 4) serves here only; training ruins it.

@@ -316,11 +316,15 @@ class Recipe:
     def grids(self):
         args, size = self.args, 2 * self.args.panel
         text, picture = self.encode_text(1, 512), self.decode(1, size, size)
-        step = measure(lambda: self.run(self.teacher, 1, size, size, 512))
-        needs = {"text": text.peak, "transformer": step.peak + self.unpacked, "vae": picture.peak}
+        passes = [measure(lambda: self.run(self.teacher, 1, size, size, 512))]
+        if args.agreement > 0:  # the four panels alone
+            passes.append(measure(lambda: self.run(self.teacher, 4, args.panel, args.panel, 512)))
+        peak = max(one.peak for one in passes)
+        step = sum(one.operations for one in passes)
+        needs = {"text": text.peak, "transformer": peak + self.unpacked, "vae": picture.peak}
         one = self.seconds(
-            text.operations + args.grid_steps * step.operations + picture.operations,
-            args.grid_steps,
+            text.operations + args.grid_steps * step + picture.operations,
+            args.grid_steps * len(passes),
         )
         return self.row(
             "1 generate_grids.py",
@@ -496,6 +500,7 @@ def parse_args(given=None):
         default=8.3,
         help="parameters: Qwen2.5-VL-7B has 8.3, -3B 3.8",
     )
+    add("--agreement", type=amount, default=0.0, help="of step 1, as in generate_grids.py")
     for name in ("image_guidance", "text_guidance"):
         add(f"--{name}", type=amount, default=1.0, help="of validation and of step 4")
     if recipe := parser.parse_known_args(given)[0].recipe:

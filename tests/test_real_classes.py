@@ -547,6 +547,11 @@ def test_the_rows_follow_from_the_options(dev):
     assert plain["2 curate.py"]["fits"] == "NO"  # a VLM of 8 billion
     assert plain["1 generate_grids.py"]["pictures"] == 10 and plain["encoding"]["pictures"] == 42
     assert plain["training"]["tokens a pass"] == 2 * 4 * 4 + 64
+    hours = [
+        rows(*small, "--count", 10**8, *options)["1 generate_grids.py"]["hours"]
+        for options in ([], ["--agreement", 1])
+    ]
+    assert 1.3 < hours[1] / hours[0] < 4  # small images, but each with a prompt of its own
     guided = rows(*small, "--image_guidance", 1.5, "--text_guidance", 2)
     assert (
         guided["validation"]["tokens a pass"]
