@@ -414,7 +414,7 @@ def main():
         )
     print(
         f"{summary['yes']} of {summary['pairs']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
-        f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}"
+        f"summary.json): {len(pairs)} training pairs in {args.out}"
     )
     lock.release()
 

@@ -2,23 +2,23 @@
 
 A text-to-image model draws grids of one subject, the grids are cut into pairs, and the same model
 learns from the pairs to follow a reference image (Cai et al., "Diffusion Self-Distillation for
-Zero-Shot Customized Image Generation", CVPR 2025, arXiv 2411.18616). In comments, "(released code)"
-marks what we took from the authors' released inference code because the paper is silent, and
-"(our choice)" what neither of them says.
+Zero-Shot Customized Image Generation", CVPR 2025, arXiv 2411.18616). Where the paper is silent,
+comments say "(released code)" for what we took from the authors' inference code, or "(our choice)".
 
 Notation: `x_0` clean latents, `eps` Gaussian noise, `sigma` in [0, 1] the noise level, `v` the
-velocity. Latents are packed: one token holds 2x2 latent pixels of 16 channels, so x has the shape
-(B, N, 64) with N = (h / 2) (w / 2). `I` is the reference image (as condition tokens) and `T` the
-prompt (as text embeddings).
+velocity. Latents are packed: a token holds 2x2 latent pixels of 16 channels, so x is (B, N, 64)
+with N = (h / 2) (w / 2). `I` is the reference image (as tokens), `T` the prompt (as embeddings).
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
+import io
+import itertools
 import json
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -26,14 +26,13 @@ from pathlib import Path
 
 import diffusers
 import numpy
-import psutil
 import torch
 import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -47,6 +46,9 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms, in autocast
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = 2**27  # an error above twice as many; a camera has 200 million
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; node editors write whole graphs into their PNGs
 
 
 # ---- rectified flow ----------------------------------------------------------------------------
@@ -64,9 +66,8 @@ def velocity(x_0, eps):
 def sample_sigmas(n, shift, generator):
     """Draw noise levels (n,): sigma = s u / (1 + (s - 1) u) with u uniform and s = `shift`.
 
-    (Our choice.) These are the levels that a sampler with this shift visits. With a large s most of
-    them are high, where colours and layout are decided; the logit-normal draws of Stable Diffusion
-    3 hardly ever go there."""
+    (Our choice) These are the levels that a sampler with this shift visits. A large s makes most of
+    them high, where colours and layout are decided; logit-normal draws hardly ever go there."""
     u = torch.rand(n, generator=generator)
     return shift * u / (1 + (shift - 1) * u)
 
@@ -80,9 +81,8 @@ def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
     this small copies less of the reference into frame 2.)"""
     error_1, error_2 = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
     loss_1, loss_2 = error_1.mean(), error_2.mean()
-    weight_1, weight_2 = weights
-    loss = (weight_1 * loss_1 + weight_2 * loss_2) / (weight_1 + weight_2)
-    return loss, loss_1, loss_2
+    w_1, w_2 = weights
+    return (w_1 * loss_1 + w_2 * loss_2) / (w_1 + w_2), loss_1, loss_2
 
 
 # ---- latents and tokens ------------------------------------------------------------------------
@@ -99,9 +99,7 @@ def unpack(tokens, h, w):
 
 def position_ids(h, w):
     """Position ids (h/2 * w/2, 3) of an image of h x w latent pixels: (0, row, column), as floats.
-
-    The two frames of a canvas share one coordinate system, like the halves of one wide image
-    (released code)."""
+    The two frames of a canvas are the halves of one wide image (released code)."""
     return torch.cartesian_prod(torch.zeros(1), torch.arange(h / 2), torch.arange(w / 2))
 
 
@@ -113,10 +111,8 @@ def split_frames(tokens, h, w):
 
 @torch.no_grad()
 def encode(vae, pixels, generator=None):
-    """Images (B, 3, H, W) in [-1, 1] -> packed latents (B, N, 64) of about unit variance.
-
-    Returns the posterior's mean, or a sample if there is a generator (or a list of one for each
-    image)."""
+    """Images (B, 3, H, W) in [-1, 1] -> packed latents (B, N, 64) of about unit variance: the
+    posterior's mean, or a sample if there is a generator (or a list of one for each image)."""
     posterior = vae.encode(pixels.to(PartialState().device, vae.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator=generator)
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
@@ -133,12 +129,8 @@ def decode(vae, tokens, h, w):
 def cut_grid(image, rows=2, columns=2):
     """Cut a grid into its panels, a list of rows * columns images in reading order."""
     w, h = image.width // columns, image.height // rows
-    panels = []
-    for row in range(rows):
-        for column in range(columns):
-            x, y = column * w, row * h
-            panels.append(image.crop((x, y, x + w, y + h)))
-    return panels
+    corners = [(c * w, r * h) for r, c in itertools.product(range(rows), range(columns))]
+    return [image.crop((x, y, x + w, y + h)) for x, y in corners]
 
 
 def to_pixels(images):
@@ -179,15 +171,13 @@ def add_lora(transformer, rank):
     LoRA, on x_embedder, which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained
     is what is saved, and the file is a standard FLUX Control LoRA. All B are zero at the start, so
     the output is still the teacher's."""
-    targets = ["x_embedder"]
-    for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and "blocks." in name:
+    targets, channels = ["x_embedder"], transformer.config.out_channels
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name:
             targets.append(name)
-    channels = transformer.config.out_channels
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        init_lora_weights=True,
         target_modules=targets,
         rank_pattern={"x_embedder": channels},
         alpha_pattern={"x_embedder": channels},
@@ -224,8 +214,7 @@ def encode_prompts(pipe, prompts, tokens=None):
     """B prompts -> T5's embeddings (B, L, D) of L tokens, by default the limit; CLIP's (B, P)."""
     prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
     tokens = tokens or pipe.tokenizer_2.model_max_length
-    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=tokens)
-    return embeds, pooled
+    return pipe.encode_prompt(prompts, prompts, max_sequence_length=tokens)[:2]
 
 
 # ---- guidance and sampling ---------------------------------------------------------------------
@@ -317,28 +306,25 @@ def save_adapter(transformer, folder, facts, dtype=torch.float32):
     facts: what sampling must know, {name: number}: frames, width, height, prompt_tokens and the
     guidance scales. They go into diffusers' own metadata entry, since safetensors writes several
     entries in no fixed order."""
-    metadata = {"dsd": facts}
-    for name, value in transformer.peft_config["default"].to_dict().items():
-        metadata[f"transformer.{name}"] = sorted(value) if isinstance(value, set) else value
+    config = transformer.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
     tensors = {}
     for name, tensor in get_peft_model_state_dict(transformer).items():
         tensors[f"transformer.{name}"] = tensor.detach().to("cpu", dtype).contiguous()
-        if not tensor.isfinite().all():
-            raise DsdError(
-                "the adapter's weights are not finite and are not saved; lower --learning_rate"
-            )
-    text = json.dumps(metadata, indent=2, sort_keys=True)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise DsdError("the adapter is not finite and is not saved; try a lower --learning_rate")
+    metadata = {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
     with writing(Path(folder) / ADAPTER_FILE) as part:
-        save_file(tensors, part, {"lora_adapter_metadata": text})
+        save_file(tensors, part, metadata)
 
 
 def adapter_file(adapter):
     """The file of an adapter, which is given as a folder, a file or a name on the hub."""
-    name = Path(adapter).as_posix()
-    if not Path(adapter).exists() and name.count("/") == 1:
-        with explained(f"no adapter {name}, neither here nor on the hub"):
+    if not Path(adapter).exists() and Path(adapter).as_posix().count("/") == 1:
+        with explained(f"no adapter {adapter}, neither here nor on the hub"):
             patterns = [ADAPTER_FILE, "transformer/*.safetensors"]
-            adapter = snapshot_download(name, allow_patterns=patterns)
+            adapter = snapshot_download(Path(adapter).as_posix(), allow_patterns=patterns)
     file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
     if not file.is_file():
         raise DsdError(f"no adapter ({file.name}) in {adapter}; finetune.py trains one")
@@ -349,8 +335,8 @@ def adapter_facts(adapter):
     """What `save_adapter` was told, {name: number}; an adapter of others draws two frames."""
     file = adapter_file(adapter)
     with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
-        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        facts = {"frames": 2, "prompt_tokens": None} | metadata.get("dsd", {})
+        about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        facts = {"frames": 2, "prompt_tokens": None} | about.get("dsd", {})
         numbers = all(isinstance(fact, int | float | None) for fact in facts.values())
         if not numbers or facts["frames"] not in (1, 2):
             raise ValueError(f"it says {facts}")
@@ -367,21 +353,18 @@ def load_adapter(pipe, adapter):
         if (file.parent / "transformer").is_dir():
             load_released_transformer(pipe.transformer, file.parent / "transformer")
         elif not any("x_embedder.lora_B" in name for name in tensors):
-            raise DsdError(
-                f"{file} is an ordinary LoRA, without weights for a reference; give a DSD adapter"
-            )
+            raise DsdError(f"{file} is an ordinary LoRA, which takes no reference")
         pipe.load_lora_weights(
             str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default"
         )
         loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
-        lost = {name for name in tensors if re.match(r"transformer\..*\.lora_", name)} - loaded
-        if lost:
-            raise ValueError(f"no place for {len(lost)} of its layers, such as {min(lost)}")
+        own = {name for name in tensors if name.startswith("transformer.") and ".lora_" in name}
+        if own - loaded:
+            raise ValueError(f"no place for its {min(own - loaded)}")
 
 
 def load_released_transformer(transformer, folder):
     """The authors' layout: `x_embedder` and `c_embedder` become one, biases added (released code).
-
     Their files hold the LoRA's entries as well; these are read from the adapter file."""
     if getattr(transformer, "hf_quantizer", None):
         raise DsdError(f"{folder} is a whole transformer, not of 4 bits; drop --quantize")
@@ -396,12 +379,8 @@ def load_released_transformer(transformer, folder):
         widen(transformer).load_state_dict(state)
 
 
-# ================================================================================================
-# The method ends here. What follows is housekeeping: models, options, files, pictures.
-# ================================================================================================
-
-
-# ---- devices and models ------------------------------------------------------------------------
+# ==== the method ends here; what follows is housekeeping ==========================================
+# ---- models ------------------------------------------------------------------------------------
 def weight_dtype():
     """The number format of models: bfloat16 on a GPU that has it natively, else float32."""
     cuda = PartialState().device.type == "cuda"
@@ -409,38 +388,30 @@ def weight_dtype():
     return torch.bfloat16 if native else torch.float32
 
 
-def memory_in_use():
-    """For messages: on a GPU the most that was in use so far, on a CPU what is in use now."""
-    if PartialState().device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-    else:
-        used = psutil.Process().memory_info().rss
-    return f"{used / 1e9:.1f} GB in use"
-
-
 def check_here(model):
     """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
         raise DsdError(
             f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 "
-            "(RTX 30 or newer). The miniature, in miniature/, runs anywhere"
+            f"(RTX 30 or newer), and torch {torch.__version__} finds none (is the driver as new as "
+            "it needs?). The miniature runs anywhere"
         )
 
 
 def check_model(model, *sides):
-    """Reject, from its configuration alone, a model that is not FLUX.1, and a picture whose sides
+    """Refuse, from its configuration alone, a model that is not FLUX.1, and a picture whose sides
     (in pixels) are not whole numbers of tokens."""
     check_here(model)
     with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
-        pipeline = diffusers.FluxPipeline.load_config(model)["_class_name"]
-        transformer = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+        name = diffusers.FluxPipeline.load_config(model)["_class_name"]
+        config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
         vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
-        channels, blocks = transformer["in_channels"], len(vae["block_out_channels"])
-        if pipeline != "FluxPipeline" or channels != 64:
-            raise ValueError(f"a {pipeline} of {channels} channels; give a FluxPipeline of 64")
-    if any(side % 2**blocks for side in sides):  # a token is 2x2 latent pixels
+        if name != "FluxPipeline" or config["in_channels"] != 64:
+            raise ValueError(f"a {name} of {config['in_channels']} channels; FLUX.1 has 64")
+        unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
+    if any(side % unit for side in sides):
         size = " x ".join(map(str, sides))
-        raise DsdError(f"a picture of {size} pixels: this model needs multiples of {2**blocks}")
+        raise DsdError(f"a picture of {size} pixels: this model needs multiples of {unit}")
 
 
 def load_pipeline(
@@ -453,12 +424,12 @@ def load_pipeline(
     dtype=None,
     **parts,
 ):
-    """A FLUX folder or hub name as a pipeline of class `cls` on the device.
+    """A FLUX.1 folder or hub name as a pipeline of class `cls` on the device.
 
     quantize, offload, adapter are the options of these names; prompt_tokens: how many the T5 reads,
     if not the model's own limit; transformer=None, for example, leaves that part out."""
     check_model(model)
-    dtype = dtype or weight_dtype()
+    dtype, device = dtype or weight_dtype(), PartialState().device
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
         config = nf4_config(dtype, parts) if quantize == "nf4" else None
         pipe = cls.from_pretrained(
@@ -470,22 +441,18 @@ def load_pipeline(
     t5.model_max_length = min(t5.model_max_length, prompt_tokens or own)
     if adapter:
         load_adapter(pipe, adapter)  # before offloading takes the weights away
-    device = PartialState().device
     if offload == "none":
         return pipe.to(device)
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_sequential_cpu_offload(device=device)
+    way = {"model": cls.enable_model_cpu_offload, "sequential": cls.enable_sequential_cpu_offload}
+    way[offload](pipe, device=device)
     return pipe
 
 
 def nf4_config(dtype, parts):
     """4 bits a weight for the large parts that are loaded, but not for the embedder (see widen)."""
     nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
-    kept = ["x_embedder"]
     configs = {
-        "transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=kept),
+        "transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),
         "text_encoder_2": transformers.BitsAndBytesConfig(**nf4),
     }
     configs = {name: config for name, config in configs.items() if name not in parts}
@@ -494,23 +461,18 @@ def nf4_config(dtype, parts):
 
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
-    dtype, nf4 = weight_dtype(), None
+    where = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
     if quantize == "nf4":
-        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
-    return cls.from_pretrained(
-        name,
-        dtype=dtype,
-        use_safetensors=True,
-        device_map=str(PartialState().device),
-        quantization_config=nf4,
-    ).eval()
+        nf4 = {**NF4, "bnb_4bit_compute_dtype": where["dtype"]}
+        where["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
+    return cls.from_pretrained(name, use_safetensors=True, **where).eval()
 
 
 def warn_of_prompts(pipe, prompts):
     """Say on stderr what the T5 will not read: ends of prompts, and words that it does not know."""
-    t5, limit = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length
     if not is_main_process():
         return
+    t5, limit = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length
     prompts = list(dict.fromkeys(prompts))
     cut, unknown = [], set()
     for prompt, ids in zip(prompts, t5(prompts).input_ids):
@@ -519,11 +481,8 @@ def warn_of_prompts(pipe, prompts):
         if t5.unk_token_id in ids:
             unknown |= {w for w in prompt.split() if t5.unk_token_id in t5(w).input_ids}
     if cut:
-        print(
-            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit - 1} tokens "
-            f'that are read; left out of the first: "{cut[0]}"',
-            file=sys.stderr,
-        )
+        count = f"{len(cut)} of {len(prompts)} prompts are longer than the {limit - 1} tokens"
+        print(f'warning: {count} that are read; the first loses "{cut[0]}"', file=sys.stderr)
     if unknown:
         words = " ".join(sorted(unknown)[:10])
         print(f"warning: {len(unknown)} words are unknown to this model: {words}", file=sys.stderr)
@@ -557,53 +516,47 @@ class Parser(argparse.ArgumentParser):
         text = "nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU"
         self.add_argument("--quantize", choices=["none", "nf4"], default="none", help=text)
         if offload:
-            text = "keep weights in main memory until they are needed: whole models, or single "
-            text += "layers (slower, smaller)"
+            text = "what waits in main memory: whole models, or (slower, smaller) single layers"
             ways = ["none", "model", "sequential"]
             self.add_argument("--offload", choices=ways, default="none", help=text)
 
     def peek(self, name):
         """The value of --name on the command line, on which the defaults of others depend."""
+        words = [part for word in sys.argv for part in word.split("=", 1)]
         value = self.get_default(name)
-        for i, word in enumerate(sys.argv):
-            if word == f"--{name}":
-                value = sys.argv[i + 1] if i + 1 < len(sys.argv) else value
-            elif word.startswith(f"--{name}="):
-                value = word.partition("=")[2]
+        for word, following in itertools.pairwise([*words, None]):
+            value = following if word == f"--{name}" else value
         return value
 
     def parse(self, script, folder="model", **more):
         """The options. Defaults, the strongest last: those in the code, those for this script in
         the dsd.json of --model (or of another option that names a folder), and `more`."""
-        model = self.peek(folder)
-        self.take(folder_settings(model, script), f"{model}/dsd.json")
-        self.take(more, "the adapter")
+        defaults = folder_settings(self.peek(folder), script) | more
+        for action in self._actions:  # checked as if they were typed
+            if action.dest in defaults:
+                value = defaults[action.dest]
+                with explained(f"--{action.dest} {value}, in dsd.json or the adapter"):
+                    typed = action.type and not action.nargs and value is not None
+                    action.default = action.type(value) if typed else value
         args = self.parse_args()
-        large = {getattr(args, "quantize", "none"), getattr(args, "offload", "none")}
-        if args.device == "cpu" and large != {"none"}:
+        large = getattr(args, "quantize", "none"), getattr(args, "offload", "none")
+        if args.device == "cpu" and large != ("none", "none"):
             raise DsdError("--quantize and --offload need a CUDA GPU")
-        PartialState(cpu=args.device == "cpu")  # later PartialState() calls report this device
+        if large == ("nf4", "sequential"):
+            raise DsdError("--quantize nf4 goes with --offload model, but not with sequential")
+        if "nf4" in large and not importlib.util.find_spec("bitsandbytes"):
+            raise DsdError("--quantize nf4: pip install -c requirements.txt bitsandbytes")
+        with explained("RANK, WORLD_SIZE and so on are set: use accelerate launch, or unset them"):
+            PartialState(cpu=args.device == "cpu")  # PartialState() reports this device from now on
         return args
-
-    def take(self, values, source):
-        """Let values from a file be defaults of options, checked as if they were typed."""
-        for action in self._actions:
-            if action.dest not in values:
-                continue
-            value = values[action.dest]
-            with explained(f"{source}: --{action.dest} cannot be {value}"):
-                typed = action.type and not action.nargs and value is not None
-                action.default = action.type(value) if typed else value
 
 
 def folder_settings(model, script=None):
     """What a model's folder says in its dsd.json, {} if it says nothing: all, or for one script."""
     file = Path(model or "") / "dsd.json"
     settings = read_json(file) if model else {}
-    if script is None:
-        return settings
     with explained(f'{file}: "{script}" must hold values of options; restore the folder'):
-        return dict(settings.get(script, {}))
+        return dict(settings.get(script, {})) if script else settings
 
 
 def at_least(low, number=int):
@@ -618,22 +571,26 @@ def at_least(low, number=int):
     return check
 
 
-# ---- errors and files --------------------------------------------------------------------------
+# ---- errors, processes, files ------------------------------------------------------------------
 def run_main(main):
     """Run a script's main; a user's mistake becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a name shows its code
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\nstopped; the same command goes on from what is saved")
     except DsdError as error:
         line = str(error)
     except OSError as error:  # no permission, a file where a folder should be, a full disk
         line = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
-        full = re.search("out of memory|can't allocate memory", str(error))
-        if not full and not isinstance(error, MemoryError):
+        known = "out of memory" in str(error) or "can't allocate memory" in str(error)
+        if not known and not isinstance(error, MemoryError):
             raise
-        line = f"out of memory; take a smaller --batch_size or picture ({error})"
+        line = "out of memory; take a smaller --batch_size or picture, --quantize nf4, --offload, "
+        line += f"or, in training, --gradient_checkpointing ({error})"
     print("\nerror: " + " ".join(line.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -658,9 +615,7 @@ def is_main_process():
 
 def batches(items, size, name):
     """This process's batches of some items, with a progress bar; waits for the others at the end.
-
-    What is done already does not change the batches: so a run that was interrupted computes the
-    same ones, and the same bytes."""
+    What is done already does not change the batches: a resumed run computes the same ones."""
     state = PartialState()
     parts = [items[i : i + size] for i in range(0, len(items), size)]
     mine = parts[state.process_index :: state.num_processes]
@@ -677,27 +632,28 @@ def open_out(args, script, changeable, **more):
     lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
     run = {"step": script, **vars(args), **more}
     run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
-    for name in ("model", "vlm", "llm", "adapter"):
-        if run.get(name):
-            run[name] = name_of(run[name])
+    for name in {"model", "vlm", "llm", "adapter"} & run.keys():
+        run[name] = run[name] and name_of(run[name])
     run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
     with PartialState().main_process_first():  # nobody writes before the folder is accepted
         if not is_main_process():
             return lock
         args.out.mkdir(parents=True, exist_ok=True)
-        in_use = f"{args.out} is in use by another process; wait for it or give another --out"
-        with explained(in_use, Timeout):
+        try:
             lock.acquire(blocking=False)
+        except Timeout:
+            raise DsdError(f"{args.out} is in use by another process; give another --out") from None
+        except OSError as error:  # some file systems have no locks
+            raise DsdError(f"cannot lock {lock.lock_file} ({error}); give another --out") from None
         before = read_json(file)
         own = (".lock", file.name, f"{file.name}.part")
-        names = [path.name for path in args.out.iterdir() if path.name not in own]
-        if names and before != run:
-            changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
-            reason = f"its {changed[0]} was {str(before.get(changed[0]))[:60]}"
-            raise DsdError(
-                f"{args.out} holds another run or other files "
-                f"({reason if before else min(names)}); delete it or give another --out"
-            )
+        found = [path.name for path in args.out.iterdir() if path.name not in own]
+        if found and before != run:
+            if before:
+                name = [name for name in before | run if before.get(name) != run.get(name)][0]
+                found = [f"its {name} was {str(before.get(name))[:60]}"]
+            what = f"holds another run or other files ({min(found)})"
+            raise DsdError(f"{args.out} {what}; delete it or give another --out")
         write_json(file, run)
     return lock
 
@@ -721,13 +677,10 @@ def writing(path):
 
 def write_json(path, value):
     """Write a JSON file; in a file named *.jsonl each item of a list gets a line of its own."""
-    if Path(path).suffix == ".jsonl":
-        lines = [json.dumps(item, ensure_ascii=False) for item in value]
-    else:
-        lines = [json.dumps(value, ensure_ascii=False, indent=2)]
-    text = "".join(line + "\n" for line in lines)
+    items, indent = (value, None) if Path(path).suffix == ".jsonl" else ([value], 2)
+    lines = [json.dumps(item, indent=indent, ensure_ascii=False) + "\n" for item in items]
     with writing(path) as part:
-        part.write_bytes(text.encode(errors="backslashreplace"))
+        part.write_bytes("".join(lines).encode(errors="backslashreplace"))
 
 
 def read_json(path):
@@ -738,22 +691,26 @@ def read_json(path):
 
 def read_records(path, *texts):
     """The objects in a file of JSON lines. texts: the fields that each must have, as text."""
+    with explained(f"{path}: give a UTF-8 file", UnicodeError):
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         with explained(f"{path}, line {number}: not a record; correct it or make it again"):
-            record = dict(json.loads(line))
-            for name in texts:
-                if not isinstance(record[name], str):
-                    raise ValueError(f"{name} is not text")
-            records.append(record)
+            if line.strip():
+                records.append(dict(json.loads(line)))
+                if not all(isinstance(records[-1][name], str) for name in texts):
+                    raise ValueError(f"it needs {' and '.join(texts)}, as text")
     return records
 
 
 def name_of(path):
-    """How records name a model or file: relative to this project if inside it."""
-    root, whole = Path(__file__).resolve().parent, Path(path).resolve()
-    inside = whole.exists() and whole.is_relative_to(root)  # a hub name does not exist here
-    return whole.relative_to(root).as_posix() if inside else str(path).replace("\\", "/")
+    """How records name a model or a file: from this project or the working folder on if inside one
+    of them, else in full; what is not here (but on the hub) as it is given."""
+    whole = Path(path).resolve()
+    for root in (MINIATURE.parent, Path.cwd()):
+        if whole.exists() and whole.is_relative_to(root):
+            return whole.relative_to(root).as_posix()
+    return (whole if whole.exists() else Path(path)).as_posix()
 
 
 def digest(*files, text=""):
@@ -765,25 +722,32 @@ def digest(*files, text=""):
 
 # ---- pictures ----------------------------------------------------------------------------------
 def open_image(path):
-    """A picture file as RGB: turned as EXIF says, transparency on white, 16 bits scaled to 8."""
+    """A picture file as RGB: turned as EXIF says, transparency on white, 16 bits scaled to 8, the
+    colours of its ICC profile as sRGB's."""
     with explained(f"{path}: not an image that can be read; give a PNG or JPEG file"):
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums; it closes the file
         with Image.open(path) as image:
+            profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
             if image.mode in ("I", "F"):
                 raise ValueError("32 bits a pixel")
             if image.mode.startswith("I;16"):
-                image = image.point(lambda v: v / 256).convert("L")
+                image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode != "CMYK":
+                image = image.convert("RGB")
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # none, damaged, of other modes
+                given = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
             return image.convert("RGB")
 
 
 def fit_image(image, width, height, fit="crop"):
-    """An image resized (bicubic: released code), cropped at its centre or, fit="pad", with white
-    added."""
+    """An image resized (bicubic: released code), cropped, or (fit="pad") with white added."""
     if fit == "pad":
         return ImageOps.pad(image, (width, height), Image.BICUBIC, color="white")
     return ImageOps.fit(image, (width, height), Image.BICUBIC)
@@ -792,9 +756,7 @@ def fit_image(image, width, height, fit="crop"):
 def to_images(pixels):
     """(B, 3, H, W) in [0, 1] -> B images. Numbers that are not finite are an error."""
     if not pixels.isfinite().all():
-        raise DsdError(
-            "the model drew a picture that is not finite; check the weights, or lower the guidance"
-        )
+        raise DsdError("a picture is not finite; check the weights, or lower the guidance")
     processor = diffusers.image_processor.VaeImageProcessor
     return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
@@ -806,21 +768,18 @@ def save_image(image, path, **options):
 
 def contact_sheet(rows, path, side=128):
     """Save rows of (image, caption) as one labelled picture; small images are enlarged."""
-    shapes = [image.width / image.height for row in rows for image, _ in row]
-    width = max(60, int(side * max(shapes)))  # room for a word
-    font = ImageFont.load_default(size=11)  # a letter is about 6 x 15 pixels
-    wrapped = [[textwrap.wrap(text, width // 6) for _, text in row] for row in rows]
-    heights = [side + 10 + 15 * max(map(len, texts)) for texts in wrapped]
-    columns = max(map(len, rows))
+    widths = [side * image.width // image.height for row in rows for image, _ in row]
+    width = max(60, *widths)  # room for a word; a letter is about 6 x 15 pixels
+    cells = [[(image, textwrap.wrap(text, width // 6)) for image, text in row] for row in rows]
+    heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in cells]
+    columns = max(len(row) for row in cells)
     sheet = Image.new("RGB", ((width + 6) * columns, sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = 6
-    for row, texts, height in zip(rows, wrapped, heights):
-        for column, ((image, _), lines) in enumerate(zip(row, texts)):
-            x = (width + 6) * column + 6
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for r, row in enumerate(cells):
+        for c, (image, lines) in enumerate(row):
+            x, y = (width + 6) * c + 6, sum(heights[:r]) + 6
             size = max(side * image.width // image.height, 1), side
             way = Image.NEAREST if image.height < side else Image.LANCZOS
             sheet.paste(image.resize(size, way), (x, y))
             draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
-        y += height
     save_image(sheet, path)

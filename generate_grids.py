@@ -302,7 +302,7 @@ def main():
         overview = args.out / "overview.png"
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
         dsd.contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], overview)
-        print(f"{len(grids)} grids in {args.out}, {dsd.memory_in_use()}; look at {overview}")
+        print(f"{len(grids)} grids in {args.out}; look at {overview}")
     lock.release()
 
 

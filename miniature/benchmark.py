@@ -27,6 +27,7 @@ import unittest.mock
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -69,13 +70,22 @@ def arithmetic(work):
     return counter.get_total_flops()
 
 
+def memory_in_use():
+    """On a GPU the most memory that this process has used so far, on a CPU what it uses now."""
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = psutil.Process().memory_info().rss
+    return f"{used / 1e9:.1f} GB in use"
+
+
 def row(name, ours, peer, count, rate, repeat, operations=None):
     """A row of the table for one unit of work; `ours` and `peer` (None if there is none) do `count` units."""
     operations = operations or arithmetic(ours)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     ours()
-    memory, works = dsd.memory_in_use(), [ours, peer] if peer else [ours]
+    memory, works = memory_in_use(), [ours, peer] if peer else [ours]
     works[-1]()  # both are warm now
     taken = [
         min(times) / count

@@ -179,7 +179,7 @@ def folder_cases(args):
     files = [
         file
         for file in sorted((args.folder / "images").rglob("*"))
-        if file.suffix.lower() in sample.SUFFIXES
+        if sample.is_picture(file)
         and not any(part.startswith((".", "__")) for part in file.relative_to(args.folder).parts)
     ]
     if not files:

@@ -48,7 +48,7 @@ def vlm():
 @pytest.fixture
 def pipe(flux):
     """The miniature, fresh for each test, since adapters change it."""
-    return dsd.load_pipeline(FluxControlPipeline, flux)
+    return dsd.load_pipeline(FluxControlPipeline, flux, prompt_tokens=24)
 
 
 def random_transformer(seed=0, guidance_embeds=False, heads=2):

@@ -22,7 +22,7 @@ from conftest import (
     run_script,
 )
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 from safetensors.torch import load, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -353,6 +353,7 @@ BROKEN = [
     ("finetune", "pairs/metadata.jsonl", records(PAIR, PAIR | {"prompt": " "}), "empty prompt"),
     ("finetune", "pairs/images/000001_0.png", cut, "pairs/images/000001_0.png"),
     ("finetune", "pairs/images/000001_0.png", None, "pairs/images/000001_0.png"),
+    ("finetune", "pairs/metadata.jsonl", "{}\n".encode("utf-16"), "jsonl: give a UTF-8 file"),
 ]
 
 
@@ -526,6 +527,15 @@ def test_a_run_whose_own_files_are_damaged_stops_and_changes_nothing(
 
 # ---- unusual, and used correctly -----------------------------------------------------------------
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+GREEN, GREY = (0, 255, 0), (128, 128, 128)
+
+
+def swapped_profile():
+    """The profile of a screen whose red is sRGB's green."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = data.index(b"rXYZ") + 4, data.index(b"gXYZ") + 4  # where these tags' places stand
+    data[red : red + 4], data[green : green + 4] = data[green : green + 4], data[red : red + 4]
+    return bytes(data)
 
 
 def two_colours(mode="RGB"):
@@ -538,6 +548,9 @@ def two_colours(mode="RGB"):
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # a quarter clockwise makes it upright
 ANIMATED = {"save_all": True, "append_images": [Image.new("P", (64, 32))]}
+SWAPPED = swapped_profile()
+LONG_TEXT = PngImagePlugin.PngInfo()
+LONG_TEXT.add_text("workflow", "x" * 5_000_000, zip=True)
 GREY_16_BITS = Image.new("I;16", (64, 32), 32896)
 ON_ITS_SIDE = two_colours().rotate(90, expand=True)
 UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at the right
@@ -551,6 +564,11 @@ UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at th
     ("one pixel.png", Image.new("RGB", (1, 1), RED), {}, RED, RED),
     ("1x10000.png", Image.new("RGB", (1, 10_000), BLUE), {}, BLUE, BLUE),
     ("misnamed.bmp", two_colours(), {"format": "PNG"}, RED, BLUE),
+    ("with a profile.png", Image.new("RGB", (64, 32), RED), {"icc_profile": SWAPPED}, GREEN, GREEN),
+    ("damaged profile.png", two_colours(), {"icc_profile": SWAPPED[:200]}, RED, BLUE),
+    ("16 bits, the other end first.tiff", Image.new("I;16B", (64, 32), 32896), {}, GREY, GREY),
+    ("5 MB of text.png", two_colours(), {"pnginfo": LONG_TEXT}, RED, BLUE),
+    ("a camera's.jfif", two_colours(), {"format": "JPEG", "quality": 100}, RED, BLUE),
 ]
 
 

@@ -3,11 +3,14 @@
 import dsd
 
 import argparse
+import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import noise_image
+from conftest import ROOT, noise_image
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
@@ -178,6 +181,31 @@ def test_flags_go_before_the_models_folder_and_that_before_defaults(
 
 
 @pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--quantize nf4 --offload sequential", "--offload model, but not with sequential"),
+        ("--quantize nf4", "pip install -c requirements.txt bitsandbytes"),
+        ("--device cpu --quantize nf4", "need a CUDA GPU"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_before_all_work(options, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["script.py", *options.split()])
+    parser = dsd.Parser("", "out")
+    parser.add_argument("--model")
+    parser.add_large_model_options()
+    with pytest.raises(dsd.DsdError, match=words):
+        parser.parse("sample")
+
+
+OUT_OF_MEMORY = (
+    "out of memory; take a smaller --batch_size or picture, --quantize nf4, --offload, or, in "
+    "training, --gradient_checkpointing"
+)
+
+
+@pytest.mark.parametrize(
     "error, code, said",
     [
         (dsd.DsdError("no adapter;\ntrain one"), 2, "\nerror: no adapter; train one\n"),
@@ -187,14 +215,14 @@ def test_flags_go_before_the_models_folder_and_that_before_defaults(
             "\nerror: a.png: Permission denied\n",
         ),
         *(
-            (kind, 2, f"\nerror: out of memory; take a smaller --batch_size or picture ({kind})\n")
+            (kind, 2, f"\nerror: {OUT_OF_MEMORY} ({kind})\n")
             for kind in (
                 MemoryError("9 GB"),
                 torch.OutOfMemoryError("CUDA out of memory"),
                 RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             )
         ),
-        (KeyboardInterrupt(), "\nstopped; the same command goes on from here", ""),
+        (KeyboardInterrupt(), "\nstopped; the same command goes on from what is saved", ""),
     ],
 )
 def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, said, capsys):
@@ -204,6 +232,15 @@ def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, sai
     with pytest.raises(SystemExit) as stop:
         dsd.run_main(main)
     assert stop.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_console_without_a_names_letters_shows_their_codes():
+    code = "import dsd; dsd.run_main(lambda: print('\\u732b.png'))"
+    console = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=console, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("\\u732b.png\n", "")  # and no notices of the libraries
 
 
 def test_records_come_back_as_they_were_written_and_a_line_that_is_none_is_named(tmp_path):
@@ -216,8 +253,6 @@ def test_records_come_back_as_they_were_written_and_a_line_that_is_none_is_named
     assert dsd.read_records(file, "text") == records and file.read_bytes().count(b"\n") == 2
     for garbage in (
         b"not json\n",
-        b"\xff\xfe\x00\n",
-        b"\n",
         b"[1]\n",
         b'{"text": 7}\n',
         b'{"text": "a',
@@ -225,6 +260,13 @@ def test_records_come_back_as_they_were_written_and_a_line_that_is_none_is_named
         file.write_bytes(b'{"text": "a"}\n' + garbage)
         with pytest.raises(dsd.DsdError, match="^[^\n]*records.jsonl, line 2: [^\n]*$"):
             dsd.read_records(file, "text")
+    file.write_text(
+        '\n{"text": "\u00e9"}\r\n \n', encoding="utf-8-sig"
+    )  # blank lines count for nothing
+    assert dsd.read_records(file, "text") == [{"text": "\u00e9"}]
+    file.write_text('{"text": "a"}\n', encoding="utf-16")
+    with pytest.raises(dsd.DsdError, match="records.jsonl: give a UTF-8 file"):
+        dsd.read_records(file, "text")
 
 
 @pytest.mark.parametrize(
@@ -258,8 +300,11 @@ def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatc
     inside = dsd.MINIATURE / "flux"
     (tmp_path / "model").mkdir()
     for folder, names in (
-        (tmp_path, {inside: "miniature/flux", "owner/model": "owner/model", "model": "model"}),
+        (tmp_path, {inside: "miniature/flux", "owner/model": "owner/model"}),
         (dsd.MINIATURE, {"flux": "miniature/flux", "owner/model": "owner/model"}),
     ):
         monkeypatch.chdir(folder)
         assert {given: dsd.name_of(given) for given in names} == names
+    monkeypatch.chdir(tmp_path)
+    same = "model", "model/", "./model", "model/../model", tmp_path / "model"
+    assert {dsd.name_of(given) for given in same} == {"model"}

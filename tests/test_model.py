@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
     with pytest.raises(dsd.DsdError, match="its weights are not finite"):
         dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
     model.x_embedder.lora_B["default"].weight.data[3, 4] = torch.nan
-    with pytest.raises(dsd.DsdError, match="not finite and are not saved"):
+    with pytest.raises(dsd.DsdError, match="not finite and is not saved"):
         dsd.save_adapter(model, tmp_path / "new", FACTS)
     assert not (tmp_path / "new").exists()
 

@@ -20,7 +20,7 @@ STEPS = {  # script -> its folder in runs/, the files in it but for a cache, wha
     "generate_grids": (
         "grids",
         {*(f"{i:06d}.png" for i in range(6)), "overview.png", "grids.jsonl", "settings.json"},
-        r"6 grids in runs.grids, .* look at .*overview\.png",
+        r"6 grids in runs.grids; look at .*overview\.png",
     ),
     "curate": (
         "pairs",
@@ -44,7 +44,7 @@ STEPS = {  # script -> its folder in runs/, the files in it but for a cache, wha
             "validation/step_000006.png",
             "training_state.pt",
         },
-        r"adapter in runs.adapter: 6 pairs, 2 more held out, 6 steps.*loss\.png",
+        r"adapter in runs.adapter: 6 pairs, 2 more held out, 6 steps; look at .*validation",
     ),
     "sample": (
         "samples",

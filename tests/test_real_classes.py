@@ -412,7 +412,10 @@ def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(
     check(*call(*options, "--out", whole))
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "learning_rate_share", stop)
-        assert call(*options, "--out", parts)[0] == "\nstopped; the same command goes on from here"
+        assert (
+            call(*options, "--out", parts)[0]
+            == "\nstopped; the same command goes on from what is saved"
+        )
     kept = torch.load(parts / "training_state.pt", weights_only=True)
     moments = kept["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
     assert (

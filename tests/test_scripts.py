@@ -322,7 +322,7 @@ def test_a_stopped_run_can_be_sampled(run, draw, tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(finetune, "learning_rate_share", stop)
-    stopped = "\nstopped; the same command goes on from here"
+    stopped = "\nstopped; the same command goes on from what is saved"
     run("finetune", "--save_every", 2, "--out", tmp_path / "adapter", code=stopped)
     assert draw("--adapter", tmp_path / "adapter")
 
@@ -649,7 +649,6 @@ def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(copied, tmp_
     save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(config)})
     (told,) = draw("--text_guidance", 1, "--prompt", "a critter")
     assert (told["image_guidance"], told["text_guidance"]) == (1.25, 1)
-    assert dsd.read_json(tmp_path / "out" / "settings.json")["frames"] == 1
     assert dsd.open_image(tmp_path / "out" / "0000.png").size == (48, 32)
 
 
