@@ -2,17 +2,11 @@
 
 The layouts are those of the hub: CLIP's tokenizer from vocab.json and merges.txt, T5's from tokenizer.json, a VAE of
 factor 8, text encoders of two widths; FLUX.1-dev with a guidance embedding and a noise schedule that follows the
-resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub.
-
-    python -m tests.random_models runs/FLUX.1-dev    # at full size, on a CUDA GPU: 34 GB in bfloat16
-
-makes what the benchmark needs at that size: speed and memory do not depend on what the weights are."""
+resolution, FLUX.1-schnell with neither. There is no dsd.json, as in a model from the hub."""
 
 import dsd
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -200,7 +194,3 @@ def make_qwen(folder):
         images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template
     ).save_pretrained(folder)
     return folder
-
-
-if __name__ == "__main__":
-    make_flux(Path(sys.argv[1]), size=FLUX_1, dtype=torch.bfloat16, device="cuda")

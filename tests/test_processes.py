@@ -186,7 +186,7 @@ def test_the_same_commands_in_a_fresh_process_give_the_same_bytes(chain, command
         [script, "--help"]
         for script in (
             "evaluate",
-            *(f"miniature.{name}" for name in ("ablations", "benchmark", "computed")),
+            *(f"miniature.{name}" for name in ("ablations", "computed")),
             *(f"miniature.{name}" for name in ("measure", "pretrain")),
         )
     ]
