@@ -615,7 +615,7 @@ def test_a_recipes_options_are_the_scripts(given, dev, monkeypatch):
         curate: {"vlm_batch_size": "batch_size"},
         finetune: {"steps": "steps", "batch_size": "batch_size"},
     }
-    assert set(given) <= {"card", "quantize", "offload", "vlm_billions"}.union(*taken.values())
+    assert set(given) <= {"card", "memory", "quantize", "vlm_billions"}.union(*taken.values())
     for script, flags in taken.items():
         wanted = {flag: given[option] for option, flag in flags.items() if option in given}
         argv = [part for flag, value in wanted.items() for part in (f"--{flag}", str(value))]
