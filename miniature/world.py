@@ -152,7 +152,7 @@ def draw_poses(n, generator):
     """`n` random poses (n, 4): centre x, centre y, size, tilt (radians).
 
     They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the jitter, and with a
-    larger one that doubt was more than half of the student's loss (README, "What was tried")."""
+    larger one that doubt was more than half of the student's loss (LOG.md)."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     return torch.stack(
         [0.06 * u[:, 0], 0.16 + 0.03 * u[:, 1], 1.16 + 0.05 * u[:, 2], 0.07 * u[:, 3]], 1
