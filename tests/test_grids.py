@@ -13,7 +13,6 @@ from diffusers import FluxPipeline
 from random_models import make_flux
 
 import generate_grids
-import subjects
 
 TINY = "--count 2 --steps 2 --batch_size 2"
 
@@ -138,5 +137,7 @@ def test_prompts_may_come_from_a_pipe(run, tmp_path):
 
 
 def test_the_form_that_a_chat_model_is_shown_is_the_form_that_is_read():
-    subject, settings = subjects.parse(subjects.REQUEST.format(captions="a cat"))
+    subject, settings = generate_grids.parse_llm(
+        generate_grids.LLM_REQUEST.format(captions="a cat")
+    )
     assert subject == "a clockwork owl with copper wings" and len(settings) == 4

@@ -22,7 +22,6 @@ import curate
 import finetune
 import generate_grids
 import sample
-import subjects
 
 SCRIPTS = {module.__name__: module for module in (generate_grids, curate, finetune, sample)}
 
@@ -431,7 +430,7 @@ def test_a_chat_model_invents_subjects_and_its_answers_are_kept(tmp_path, run, m
     _, err = run(*draw, 2, code=2)
     assert "only 1 of " in err and "answers could be used" in err  # it repeats itself
     dsd.write_json(max((out / "subjects").iterdir()), {"answer": ANSWER.replace("robot", "fox")})
-    monkeypatch.setattr(subjects, "load", None)  # no model, no new answer
+    monkeypatch.setattr(generate_grids, "load_llm", None)  # no model, no new answer
     run(*draw, 2)
     assert [r["subject"] for r in dsd.read_records(out / "grids.jsonl")] == ["red robot", "red fox"]
 
@@ -459,7 +458,7 @@ def test_a_chat_model_invents_subjects_and_its_answers_are_kept(tmp_path, run, m
     ],
 )
 def test_an_answer_counts_only_with_a_subject_and_four_different_settings(answer, usable):
-    assert subjects.parse(answer) == (("a red robot", SETTINGS) if usable else None)
+    assert generate_grids.parse_llm(answer) == (("a red robot", SETTINGS) if usable else None)
 
 
 # ---- curation with known answers -------------------------------------------------------------------------------------
