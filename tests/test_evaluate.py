@@ -209,7 +209,7 @@ def test_every_rendered_reference_is_held_out(monkeypatch):
             seen.extend(identity.tolist()) or torch.zeros(len(identity), 3, size, size)
         ),
     )
-    cases = exams.world_cases([*range(75), *ablations.SEARCH], 4, 0, 32)
+    cases = exams.world_cases(range(83), 4, 0, 32)
     assert (
         len(cases) == 83 * 5
         and len(seen) == 83 * 6
@@ -442,7 +442,7 @@ def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
         "steps": 2,
         "guidance_scale": 1.0,
         "true_cfg_scale": 2.0,
-        "shift": 3.0,
+        "model": flux,
         "prompt_tokens": [24, 40],
         "learning_rate": 2e-3,
     }
@@ -461,25 +461,20 @@ def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
 
 
 def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypatch):
-    """Drawn at tiny settings; finetune.py itself trains the ablations, and DreamBooth takes the best settings."""
-    trained, tuned, marks, tune = [], [], exams.marks, ablations.tune
+    """Drawn at tiny settings; finetune.py itself trains the ablations."""
+    trained, tuned, tune = [], [], ablations.tune
 
     def train(script, *flags):
-        trained.append(Path(flags[5]).name)
+        trained.append(Path(flags[flags.index("--out") + 1]).name)
         assert call(finetune, *flags, "--rank", 2, "--batch_size", 2)[0] == 0
 
     monkeypatch.setattr(ablations, "run_script", train)
     monkeypatch.setattr(
         ablations, "tune", lambda *args: tuned.append(args[3].tuning_steps) or tune(*args)
     )
-    monkeypatch.setattr(
-        exams, "marks", lambda case, seen: marks(case, seen) | {"cp_pf": float(tuned[-1:] == [2])}
-    )
     few = {name: ablations.ABLATIONS[name] for name in ("single frame", "only LoRA")}
     for name, value in {
-        "SEARCH": [100_000],
-        "LEARNING_RATES": [1e-3],
-        "TUNING_STEPS": [2, 1],
+        "TUNING": {2: 1e-3},
         "GUIDANCE": [(1.0, 1.0)],
         "ABLATIONS": few,
     }.items():
@@ -503,7 +498,7 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypa
     said, out = run(tmp_path / "out", *flags, script=ablations), tmp_path / "out"
     rows = [
         "in-context, clean reference",
-        "DreamBooth-LoRA",
+        "DreamBooth-LoRA, 2 steps",
         "DSD",
         "DSD, guidance 1.0 1.0",
         "DSD, frame 1 held",
@@ -513,10 +508,7 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypa
     ]
     assert all(f"| {name} | 1 |" in said for name in rows)
     assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
-    assert (
-        tuned == [2, 1, 2]
-        and "| DreamBooth-LoRA, 1 steps at 0.001 | 1 |" in (out / "search/table.md").read_text()
-    )
+    assert tuned == [2]
     assert dsd.adapter_facts(out / "ablations" / "single_frame")["frames"] == 1
     assert set(trained) == {"single_frame", "only_LoRA"}
     asked.clear(), trained.clear()
