@@ -25,6 +25,7 @@ import warnings
 from pathlib import Path
 
 import diffusers
+import matplotlib
 import numpy
 import torch
 import transformers
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # not only Latin
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 # Both libraries import their parts, which print notices, when these are first used: after this.
@@ -778,7 +780,7 @@ def contact_sheet(rows, path, side=128):
     heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in cells]
     columns = max(len(row) for row in cells)
     sheet = Image.new("RGB", ((width + 6) * columns, sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(str(FONT), 10)
     for r, row in enumerate(cells):
         for c, (image, lines) in enumerate(row):
             x, y = (width + 6) * c + 6, sum(heights[:r]) + 6

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import difference, noise_image, pictures
 from diffusers import FluxPipeline
 from random_models import make_flux
@@ -89,6 +90,26 @@ def test_agreement_changes_the_grids_and_is_part_of_a_runs_identity(run, refused
     }
 
 
+def test_offloaded_pipelines_draw_the_same_agreeing_grids(tmp_path, monkeypatch):
+    def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
+
+    monkeypatch.setattr(FluxPipeline, "enable_sequential_cpu_offload", sequential)
+    model = make_flux(tmp_path / "dev")
+    options = f"--model {model} --count 2 --steps 2 --panel 32 --agreement 1"
+    monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
+    args, drawn = generate_grids.parse_args(), {}
+    grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
+    for way in ("none", "model", "sequential"):
+        pipe = dsd.load_pipeline(FluxPipeline, model, offload=way)
+        # two batches, since the parts are put back after each
+        drawn[way] = [generate_grids.draw_grids(pipe, [grid], args)[0] for grid in grids]
+    assert difference(drawn["none"], drawn["model"]) <= 1
+    assert difference(drawn["none"], drawn["sequential"]) <= 1
+
+
 # ---- the opposite as negative prompt -------------------------------------------------------------
 def test_an_opposite_differs_from_the_prompt_in_its_opening_only(teacher, monkeypatch):
     monkeypatch.setattr("sys.argv", ["generate_grids.py", f"--model={teacher}"])
@@ -134,6 +155,12 @@ def test_prompts_may_come_from_a_pipe(run, tmp_path):
     run(generate_grids, "--steps 1 --prompts", tmp_path / "pipe", "--out", tmp_path / "grids")
     writer.join()
     assert len(dsd.read_records(tmp_path / "grids" / "grids.jsonl")) == 1
+
+
+def test_captions_of_contact_sheets_may_be_cyrillic(tmp_path):
+    for name, text in (("a", "кот"), ("b", "сон")):  # boxes would all be alike
+        dsd.contact_sheet([[(noise_image(32, 32), text)]], tmp_path / f"{name}.png")
+    assert difference(*(dsd.open_image(tmp_path / f"{name}.png") for name in "ab")) > 100
 
 
 def test_the_form_that_a_chat_model_is_shown_is_the_form_that_is_read():
