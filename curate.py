@@ -1,23 +1,21 @@
-"""Step 2 (paper section 3.2): a vision-language model keeps the pairs that show one and the same subject.
+"""Step 2 (paper section 3.2): a vision-language model keeps the pairs that show the same subject.
 
-The grids of step 1 are cut into panels, and the panels are paired. A vision-language model (VLM) is asked about each
-pair in a chain of thought: name the common subject, describe it in each image, compare part by part, then give a
-one-word verdict. The targets of accepted pairs are captioned.
+The grids of step 1 are cut into panels. A vision-language model (VLM) is asked about each two
+panels in a chain of thought: name the common subject, describe it in each image, compare part by
+part, then give a one-word verdict. The targets of accepted pairs are captioned.
 
-    python curate.py                                                   # the miniature: seconds to minutes on a CPU
-    python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8  # a real VLM on a GPU of 24 GB or more
+    python curate.py                                                   # the miniature, on any CPU
+    python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8  # a GPU of 24 GB or more
 
 Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
     images/            the panels: `000012_1.png` is panel 1 of grid 12
-    metadata.jsonl     a line for each accepted ordered pair; `load_dataset("imagefolder", data_dir=...)` reads it
-    transcripts/       a file for each grid: question, answer, verdict and reason of its six pairs
+    metadata.jsonl     the accepted ordered pairs, for load_dataset("imagefolder", data_dir=...)
+    transcripts/       for each grid: question, answer, verdict and reason of its six pairs
     summary.json       counts and the accept rate, by family
-    accepted.png, rejected.png   contact sheets with the reason below each pair: look at both before you train
-Started again after an interruption, the same command asks only about batches that are not complete. To overrule the
-curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the same command again.
+    accepted.png, rejected.png   contact sheets with the reasons: look at both before you train
+Started again, the same command asks only about batches that are not complete. To overrule the
+curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the command again.
 """
-
-import dsd
 
 import collections
 import itertools
@@ -25,15 +23,19 @@ import random
 import re
 from pathlib import Path
 
+import numpy
 import torch
+from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from PIL import ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-# ---- the questions ---------------------------------------------------------------------------------------------------
+import dsd
+
+# ---- the questions -------------------------------------------------------------------------------
 PAIR_QUESTION = (
-    "Do both images show the identical subject? Ignore place, pose, light and outfit. Answer in five lines. "
-    "subject: name it. image 1: describe it in detail. image 2: describe it in detail. "
+    "Do both images show the identical subject? Ignore place, pose, light and outfit. Answer in "
+    "five lines. subject: name it. image 1: describe it in detail. image 2: describe it in detail. "
     "compare: part by part, same or different. verdict: yes or no."
 )
 EXAMPLE = """ For example:
@@ -49,195 +51,236 @@ INSTRUCTION_QUESTION = "Write one instruction that turns the first image into th
 DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few words."
 
 
-# ---- asking ----------------------------------------------------------------------------------------------------------
+# ---- asking --------------------------------------------------------------------------------------
 def load_vlm(name, quantize="none"):
     """The model and the processor of an image-text-to-text folder or hub name."""
     dsd.check_here(name)
     with dsd.explained(f"cannot load {name} as a vision-language model with a chat template"):
         processor = AutoProcessor.from_pretrained(name)
         vlm = dsd.load_language_model(AutoModelForImageTextToText, name, quantize)
-        processor.tokenizer.padding_side = (
-            "left"  # so that every answer starts where its question ends
-        )
-        processor.apply_chat_template(
-            conversation(1, "?"), add_generation_prompt=True
-        )  # is there one?
+        processor.apply_chat_template(conversation(1, "?"))  # fails without a template
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # every answer starts where its question ends
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if vlm.generation_config.eos_token_id is None:
+            vlm.generation_config.eos_token_id = tokenizer.eos_token_id
+        if tokenizer.pad_token is None or vlm.generation_config.eos_token_id is None:
+            raise ValueError("its tokenizer has no eos_token, which ends an answer")
     return vlm, processor
 
 
 def conversation(images, question):
     """One user message: places for this many images, then the question."""
-    return [
-        {
-            "role": "user",
-            "content": [{"type": "image"}] * images + [{"type": "text", "text": question}],
-        }
-    ]
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 @torch.inference_mode()
-def ask(vlm, processor, cases, question, batch_size, max_new_tokens):
-    """Ask a question (or a list of one for each case) about cases, which are lists of images; decoding is greedy.
+def ask(vlm, processor, cases, questions, batch_size, max_new_tokens):
+    """The answers about some cases, which are lists of images; decoding is greedy.
 
-    Returns the answers. One that reached max_new_tokens ends with TRUNCATED."""
-    questions, answers = [question] * len(cases) if isinstance(question, str) else question, []
+    questions: one for all cases, or a list of one for each. An answer that reached max_new_tokens
+    ends with TRUNCATED."""
+    if isinstance(questions, str):
+        questions = [questions] * len(cases)
+    answers = []
     for i in range(0, len(cases), batch_size):
-        part = cases[i : i + batch_size]
-        texts = [
-            processor.apply_chat_template(
-                conversation(len(images), text), add_generation_prompt=True
-            )
-            for images, text in zip(part, questions[i : i + batch_size])
-        ]
-        inputs = processor(text=texts, images=part, padding=True, return_tensors="pt").to(
-            vlm.device, vlm.dtype
-        )
-        tokens = vlm.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
-        )
-        tokens = tokens[:, inputs["input_ids"].shape[1] :]  # (B, answer)
-        ended = torch.isin(
-            tokens, torch.tensor(vlm.generation_config.eos_token_id, device=tokens.device)
-        ).any(1)
-        answers += [
-            text.strip() if end else f"{text.strip()} {TRUNCATED}"
-            for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)
-        ]
+        images, texts = cases[i : i + batch_size], []
+        for shown, question in zip(images, questions[i : i + batch_size]):
+            messages = conversation(len(shown), question)
+            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True))
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        inputs = inputs.to(vlm.device, vlm.dtype)
+        limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0}
+        tokens = vlm.generate(**inputs, do_sample=False, **limits)
+        tokens = tokens[:, inputs["input_ids"].shape[1] :].cpu()  # (B, length of an answer)
+        ended = torch.isin(tokens, torch.tensor(vlm.generation_config.eos_token_id)).any(dim=1)
+        for text, whole in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended):
+            answers.append(text.strip() if whole else f"{text.strip()} {TRUNCATED}")
     return answers
 
 
-# ---- understanding the answer ----------------------------------------------------------------------------------------
+# ---- understanding the answer --------------------------------------------------------------------
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 TRUNCATED = "[truncated]"
 VERDICTS = {"yes", "no", "unparsable", "truncated", "blank", "copies"}
-# A step's heading as chat models write it, such as "**Step 3. Image 2** (detail):", and a verdict of one word.
-HEAD = r"[\s>#*_`\-•]*(?:(?:step )?\d[.):])?[\s*_`]*({})[ *_`]*(?:\([^)\n]*\)[ *_]*)?(?:[:：][ *_]*|$)".format(
-    "|".join([*STEPS, "comparison"])
+NUMBER = r"(?:(?:step )?\d[.):] *)?"  # "1. " or "Step 1: "
+NAME = (
+    r"(subject|image 1|image 2|compare|comparison|verdict) *(?:\([^)\n]*\) *)?"  # "Image 1 (left)"
 )
-WORD = (
-    r"(?i)\W*(yes|no)\b(?!\W*(?:(?:or|and)\W*(?:yes|no)\b|(?:yes|no)\b(?! \w)))"  # not "yes, no."
-)
+
+
+def split_steps(text):
+    """The steps of an answer in their order, [[name, what it says], ...]; each begins a line."""
+    steps = []
+    for line in text.splitlines():
+        line = line.strip(" \t#>•-")  # marks of headings, quotations and lists
+        heading = re.match(f"{NUMBER}{NAME}(?::|$)", line, re.IGNORECASE)
+        if heading:
+            name = heading[1].lower().replace("comparison", "compare")
+            steps.append([name, line[heading.end() :].strip()])
+        elif steps:
+            steps[-1][1] = f"{steps[-1][1]}\n{line}".strip()
+    return steps
+
+
+def differing_parts(comparison):
+    """The parts that are called different: "fur same, tail different" -> ["tail different"]."""
+    differing = []
+    for part in re.split(r"[,.;\n]", comparison):
+        differs = re.search(r"\bdiffer|\bin one\b.*\bother\b", part, re.IGNORECASE)
+        denied = re.search(r"\b(not|no|nothing)\b|n't\b", part, re.IGNORECASE)
+        if differs and not denied:
+            differing.append(part.strip())
+    return differing
 
 
 def parse(answer, tolerance=0):
-    """(verdict, reason) of an answer: "yes", "no", "truncated", or "unparsable" unless the five steps stand in order.
+    """(verdict, reason) of an answer: "yes", "no", "truncated", or "unparsable" unless it holds the
+    five steps in their order and one yes or no at the end.
 
-    * Strict on purpose: a model that skips a step has not compared, and a verdict before the comparison is a guess.
-    What a step says may span lines and carry marks of lists and headings. With a tolerance, a "no" becomes a "yes" if
-    the comparison names at most this many differing parts."""
+    Strict on purpose (our choice): a model that skips a step has not compared, and a verdict before
+    the comparison is a guess. With a tolerance, a "no" becomes a "yes" if the comparison names at
+    most this many differing parts."""
     if answer.endswith(TRUNCATED):
         return "truncated", "truncated: the answer reached --max_new_tokens"
-    for start in "^", r"(?:^|(?<=[\s.;,]))":  # a line for each step, else several in one line
-        _, *found = re.split(f"(?im){start}{HEAD}", answer)
-        steps = [step.lower().replace("comparison", "compare") for step in found[::2]]
-        if steps == STEPS:
-            break
-    said = [text.strip(" \n*_`") for text in found[1::2]]
-    word = re.match(WORD, said[-1]) if said else None
-    if steps != STEPS or not all(said) or not word:
-        return "unparsable", "unparsable: not the five steps with one yes or no at the end"
-    verdict, parts = word[1].lower(), [part.strip(" -*") for part in re.split(r"[,.;\n]", said[3])]
-    differing = [
-        part
-        for part in parts
-        if re.search(r"(?i)\bdiffer|\bin one\b.*\bother\b", part)
-        and not re.search(r"(?i)\b(not|no|nothing)\b|n't\b", part)
-    ]
-    reason = f"{verdict}: {said[0] if verdict == 'yes' else ', '.join(differing) or said[3]}"
-    if verdict == "no" and 0 < len(differing) <= tolerance:
+    unparsable = "unparsable", "unparsable: not the five steps with one yes or no at the end"
+    text = re.sub(r"[*_`]", "", answer).replace("：", ":")  # without marks of emphasis and code
+    steps = split_steps(text)
+    if [name for name, _ in steps] != STEPS:  # perhaps several steps share a line
+        separator = rf"[\s.;,]+(?={NUMBER}{NAME}:)"
+        steps = split_steps(re.sub(separator, "\n", text, flags=re.IGNORECASE))
+    if [name for name, _ in steps] != STEPS or not all(said for _, said in steps):
+        return unparsable
+    subject, comparison, last = steps[0][1], steps[3][1], steps[4][1].lower()
+    verdict = re.match(r"\W*(yes|no)\b", last)
+    # "yes and no", "yes/no" and "yes, no." say nothing; "yes, no differences" does
+    both = re.match(r"\W*(yes|no)\W*((or|and)\W*(yes|no)\b|(yes|no)\b(?! \w))", last)
+    if not verdict or both:
+        return unparsable
+    if verdict[1] == "yes":
+        return "yes", f"yes: {subject}"
+    differing = differing_parts(comparison)
+    reason = f"no: {', '.join(differing) or comparison}"
+    if 0 < len(differing) <= tolerance:
         return "yes", f"tolerated {reason}"
-    return verdict, reason
+    return "no", reason
 
 
 def set_aside(a, b):
-    """Verdict and reason for a pair not worth asking about: a blank panel, or two copies of a picture. Else None."""
+    """(verdict, reason) for two panels not worth asking about: one is blank, or both are the same
+    picture. Else ("", "")."""
     if min(max(ImageStat.Stat(panel).stddev) for panel in (a, b)) < 2:  # grey levels
         return "blank", "blank: a panel of one colour"
     if max(ImageStat.Stat(ImageChops.difference(a, b)).mean) < 2:
         return "copies", "copies: nearly the same picture twice, which teaches copying"
-    return None
+    return "", ""
 
 
-# ---- one batch of grids ----------------------------------------------------------------------------------------------
+# ---- panels --------------------------------------------------------------------------------------
 def panel_file(number, panel):
     return f"images/{number:06d}_{panel}.png"
 
 
+def gutter_depth(lines, seam, reach):
+    """How many lines on a side of the seam between two panels belong to a gutter; 0 without one.
+
+    lines: (lines, pixels, 3). A gutter's lines are of one colour, on both sides of the seam, and it
+    ends sharply within `reach` lines. A plain background is wider, or ends where a subject is."""
+    colour = numpy.median(lines[seam - 1 : seam + 1], axis=(0, 1))  # (3,)
+    share = (abs(lines - colour).max(axis=2) < 16).mean(axis=1)  # of each line, in this colour
+    depths = []
+    for outwards in share[seam - reach : seam][::-1], share[seam : seam + reach]:
+        depth = int((outwards < 0.98).argmax())  # the first line beyond; 0 if there is none
+        depths.append(depth if outwards[depth] < 0.5 else 0)
+    return max(depths) if all(depths) else 0
+
+
+def cut_panels(image, rows, columns):
+    """The panels of a grid. Many models draw gutters between them: as much is cut off all sides of
+    all panels, which are then enlarged to their size. A grid without gutters is only cut."""
+    panels = dsd.cut_grid(image, rows, columns)
+    width, height = panels[0].size
+    lines = numpy.asarray(image).astype(int)  # (H, W, 3)
+    upright = lines.swapaxes(0, 1)
+    depths = [gutter_depth(upright, k * width, width // 8) for k in range(1, columns)]
+    depths += [gutter_depth(lines, k * height, height // 8) for k in range(1, rows)]
+    depth = max(depths)
+    if depth == 0:
+        return panels
+    box = depth, depth, width - depth, height - depth
+    return [dsd.fit_image(panel.crop(box), width, height) for panel in panels]
+
+
+def save_panels(number, grid, args):
+    """Cut a grid, save its panels and return them."""
+    panels = cut_panels(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
+    for k, panel in enumerate(panels):
+        dsd.save_image(panel, args.out / panel_file(number, k))
+    return panels
+
+
+# ---- one batch of grids --------------------------------------------------------------------------
 def judge_pairs(grids, panels, model, args):
     """Transcripts of all pairs of some grids. grids: {number: record}; panels: {number: images}.
 
-    * The question is symmetric: each two panels are asked about once, and an accepted answer gives both orders."""
-    records = [
-        {
-            "grid": n,
-            "panels": [i, j],
-            "family": grid["family"],
-            "subject": grid["subject"],
-            "prompt": grid["prompt"],
-            "captions": {},
-            "question": PAIR_QUESTION + args.example,
-            "answer": "",
-        }
-        for n, grid in grids.items()
-        for i, j in itertools.combinations(range(len(panels[n])), 2)
-    ]
-    for r in records:
-        r["verdict"], r["reason"] = set_aside(*[panels[r["grid"]][k] for k in r["panels"]]) or (
-            "",
-            "",
-        )
-    asked = [r for r in records if not r["verdict"]]
-    cases = [[panels[r["grid"]][k] for k in r["panels"]] for r in asked]
-    for r, answer in zip(
-        asked,
-        ask(*model, cases, PAIR_QUESTION + args.example, args.batch_size, args.max_new_tokens),
-    ):
-        r["answer"], (r["verdict"], r["reason"]) = answer, parse(answer, args.tolerance)
+    The question is symmetric: each two panels are asked about once, and an accepted answer gives
+    both orders (our choice)."""
+    question = PAIR_QUESTION + args.example
+    records, asked, cases = [], [], []
+    for number, grid in grids.items():
+        for i, j in itertools.combinations(range(len(panels[number])), 2):
+            pair = [panels[number][i], panels[number][j]]
+            record = {"grid": number, "panels": [i, j]}
+            record |= {name: grid[name] for name in ("family", "subject", "prompt")}
+            record |= {"captions": {}, "question": question, "answer": ""}
+            record["verdict"], record["reason"] = set_aside(*pair)
+            records.append(record)
+            if not record["verdict"]:
+                asked.append(record)
+                cases.append(pair)
+    answers = ask(*model, cases, question, args.batch_size, args.max_new_tokens)
+    for record, answer in zip(asked, answers):
+        record["answer"] = answer
+        record["verdict"], record["reason"] = parse(answer, args.tolerance)
     return records
 
 
 def caption_pairs(records, panels, model, args):
-    """Caption accepted records in place: {target: its description, or how to turn the reference into it}."""
-
-    def shown(a, b):  # a description needs the target only
-        return (a, b) if args.caption == "instruction" else (b,)
-
+    """Caption accepted records in place: {target panel: its caption}, one for either order."""
+    question, first = INSTRUCTION_QUESTION, 0
+    if args.caption == "description":
+        question, first = DESCRIBE_QUESTION, 1  # the VLM is shown the target only
     accepted = [r for r in records if r["verdict"] == "yes" and not r["captions"]]
-    cases = sorted(
-        {(r["grid"], shown(a, b)) for r in accepted for a, b in itertools.permutations(r["panels"])}
-    )
-    question = {"description": DESCRIBE_QUESTION, "instruction": INSTRUCTION_QUESTION}[args.caption]
-    answers = ask(
-        *model, [[panels[n][k] for k in seen] for n, seen in cases], question, args.batch_size, 100
-    )
-    texts = {
-        case: " ".join(answer.removesuffix(TRUNCATED).split())
-        for case, answer in zip(cases, answers)
-    }
-    for r in accepted:
-        r["captions"] = {
-            str(b): texts[r["grid"], shown(a, b)] for a, b in itertools.permutations(r["panels"])
-        }
+    cases = {}  # (grid, panels shown) -> images
+    for record in accepted:
+        number = record["grid"]
+        for order in itertools.permutations(record["panels"]):
+            cases[number, order[first:]] = [panels[number][k] for k in order[first:]]
+    keys = sorted(cases)
+    answers = ask(*model, [cases[key] for key in keys], question, args.batch_size, 100)
+    captions = dict(zip(keys, answers))
+    for record in accepted:
+        for order in itertools.permutations(record["panels"]):
+            caption = captions[record["grid"], order[first:]].removesuffix(TRUNCATED)
+            record["captions"][str(order[1])] = " ".join(caption.split())
 
 
 def transcript(number, grid, args):
-    """The saved transcripts of one grid, or [] if there are none or they belong to another picture."""
+    """The saved transcripts of one grid, or [] if there are none or the grid was another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
-    found = dsd.read_json(file)
-    if not found or found.get("picture") != dsd.digest(args.grids / grid["file"]):
+    saved = dsd.read_json(file)
+    if not saved or saved.get("picture") != dsd.digest(args.grids / grid["file"]):
         return []
     with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
-        for r in found["pairs"]:
-            if r["verdict"] not in VERDICTS:
-                raise ValueError(f'"verdict" must be "yes" or "no", not {r["verdict"]!r}')
-            if type(r["captions"]) is not dict or not {
-                "panels",
-                "reason",
-                "family",
-                "subject",
-            } <= set(r):
+        for record in saved["pairs"]:
+            if record["verdict"] not in VERDICTS:
+                raise ValueError(f'"verdict" must be "yes" or "no", not {record["verdict"]!r}')
+            missing = {"captions", "panels", "reason", "family", "subject"} - set(record)
+            if missing or not isinstance(record["captions"], dict):
                 raise ValueError("a pair without captions, panels, reason, family or subject")
-        return found["pairs"]
+        return saved["pairs"]
 
 
 def is_done(number, grid, args):
@@ -247,176 +290,144 @@ def is_done(number, grid, args):
 
 
 def curate_batch(batch, model, args):
-    """Write the panels and the transcripts of a batch {number: grid}, asking about the pairs if one has none yet."""
-    panels = {
-        n: dsd.cut_grid(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
-        for n, grid in batch.items()
-    }
-    for n, k in ((n, k) for n in batch for k in range(len(panels[n]))):
-        dsd.save_image(panels[n][k], args.out / panel_file(n, k))
-    old = {n: transcript(n, grid, args) for n, grid in batch.items()}
-    new = (
-        [] if all(old.values()) else judge_pairs(batch, panels, model, args)
-    )  # whole batches give the same answers
-    records = {n: old[n] or [r for r in new if r["grid"] == n] for n in batch}
-    caption_pairs([r for n in batch for r in records[n]], panels, model, args)
-    for n, grid in batch.items():
-        dsd.write_json(
-            args.out / f"transcripts/{n:06d}.json",
-            {"picture": dsd.digest(args.grids / grid["file"]), "pairs": records[n]},
-        )
+    """Write the panels and the transcripts of a batch {number: grid}.
+
+    Transcripts that are there stay; if one is missing, the whole batch is asked about again, which
+    gives the same answers as the first time."""
+    panels = {number: save_panels(number, grid, args) for number, grid in batch.items()}
+    records = {number: transcript(number, grid, args) for number, grid in batch.items()}
+    if not all(records.values()):
+        judged = judge_pairs(batch, panels, model, args)
+        for number in batch:
+            if not records[number]:
+                records[number] = [record for record in judged if record["grid"] == number]
+    caption_pairs(sum(records.values(), []), panels, model, args)
+    for number, grid in batch.items():
+        saved = {"picture": dsd.digest(args.grids / grid["file"]), "pairs": records[number]}
+        dsd.write_json(args.out / f"transcripts/{number:06d}.json", saved)
 
 
-# ---- what is written from the transcripts ----------------------------------------------------------------------------
+# ---- what is written from the transcripts --------------------------------------------------------
 def training_pairs(records):
-    """The accepted ordered pairs. Fields that end in `_file_name` become images in a `datasets` imagefolder."""
-    return [
-        {
-            "reference_file_name": panel_file(r["grid"], a),
-            "target_file_name": panel_file(r["grid"], b),
-            "prompt": r["captions"][str(b)],
-            "subject": r["subject"],
-            "family": r["family"],
-            "grid": r["grid"],
-            "reference_panel": a,
-            "target_panel": b,
-        }
-        for r in records
-        if r["verdict"] == "yes"
-        for a, b in itertools.permutations(r["panels"])
-        if r["captions"][str(b)]
-    ]
+    """The accepted ordered pairs; `datasets` reads fields that end in `_file_name` as images."""
+    pairs = []
+    for record in records:
+        if record["verdict"] == "yes":
+            for reference, target in itertools.permutations(record["panels"]):
+                pair = {"reference_file_name": panel_file(record["grid"], reference)}
+                pair["target_file_name"] = panel_file(record["grid"], target)
+                pair["prompt"] = record["captions"][str(target)]
+                pair |= {name: record[name] for name in ("subject", "family", "grid")}
+                pair |= {"reference_panel": reference, "target_panel": target}
+                if pair["prompt"]:
+                    pairs.append(pair)
+    return pairs
 
 
-def summarise(records, pairs):
-    """Counts of the verdicts, over all pairs and by family."""
-
-    def count(records):
-        verdicts = collections.Counter(r["verdict"] for r in records)
-        return {
-            "pairs": len(records),
-            "accept_rate": round(verdicts["yes"] / len(records), 4),
-            "yes": verdicts["yes"],
-            "no": verdicts["no"],
-            **verdicts,
-        }
-
-    families = sorted({r["family"] for r in records})
-    return {
-        "training_pairs": len(pairs),
-        **count(records),
-        "by_family": {
-            family: count([r for r in records if r["family"] == family]) for family in families
-        },
-    }
+def count_verdicts(records):
+    verdicts = collections.Counter(record["verdict"] for record in records)
+    counts = {"pairs": len(records), "accept_rate": round(verdicts["yes"] / len(records), 4)}
+    return counts | {"yes": verdicts["yes"], "no": verdicts["no"]} | verdicts
 
 
-def draw_sheet(records, args, name, count=24):
-    """A contact sheet of some records: both panels side by side, the reason below."""
-    cells = [
-        (
-            make_image_grid(
-                [dsd.open_image(args.out / panel_file(r["grid"], k)) for k in r["panels"]], 1, 2
-            ),
-            f"grid {r['grid']}: {r['reason'][:200]}",
-        )
-        for r in random.Random(0).sample(records, min(count, len(records)))
-    ]
+def draw_sheet(records, args, name):
+    """A contact sheet of at most 24 records: both panels side by side, the reason below."""
+    cells = []
+    for record in random.Random(0).sample(records, min(24, len(records))):
+        files = [args.out / panel_file(record["grid"], k) for k in record["panels"]]
+        pair = make_image_grid([dsd.open_image(file) for file in files], 1, 2)
+        cells.append((pair, f"grid {record['grid']}: {record['reason'][:200]}"))
     (args.out / name).unlink(missing_ok=True)
     if cells:
         dsd.contact_sheet([cells[i : i + 4] for i in range(0, len(cells), 4)], args.out / name)
 
 
-def parse_args():
-    parser = dsd.Parser(__doc__, "runs/pairs")
-    add = parser.add_argument
-    add(
-        "--vlm",
-        default=dsd.MINIATURE / "vlm",
-        help="the curator: an image-text-to-text folder or hub name",
-    )
-    add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
-    add(
-        "--caption",
-        choices=["description", "instruction"],
-        default="description",
-        help="describe the target, or say how to turn the reference into it",
-    )
-    add("--example", default=EXAMPLE, help="a sample answer, which is appended to the question")
-    add(
-        "--tolerance",
-        type=dsd.at_least(0),
-        default=0,
-        help="accept a pair if the comparison names at most this many "
-        "differing parts; 0 keeps the VLM's own verdict",
-    )
-    add(
-        "--batch_size",
-        type=dsd.at_least(1),
-        default=64,
-        help="pairs in a batch; affects speed and memory",
-    )
-    add(
-        "--max_new_tokens",
-        type=dsd.at_least(1),
-        default=400,
-        help="longest answer; longer ones count as truncated",
-    )
-    parser.add_large_model_options(offload=False)
-    return parser.parse("curate", folder="vlm")
-
-
-def read_grids(args):
-    """The grids that generate_grids.py recorded: {number: record}. One that is listed twice counts once."""
-    if not (args.grids / "grids.jsonl").exists():
-        raise dsd.DsdError(
-            f"no {args.grids / 'grids.jsonl'}; run generate_grids.py first, or give --grids"
-        )
-    records = dsd.read_records(args.grids / "grids.jsonl", "file", "prompt", "subject", "family")
-    grids = dict(enumerate(list({record["file"]: record for record in records}.values())))
-    sizes = [(grid.get("rows"), grid.get("columns")) for grid in grids.values()]
-    if (
-        not sizes
-        or (1, 1) in sizes
-        or not all(side in range(1, 9) for size in sizes for side in size)
-    ):
-        raise dsd.DsdError(
-            f"{args.grids}/grids.jsonl: no grids, or not all of 1 to 8 rows and columns and more than "
-            "one panel; run generate_grids.py again"
-        )
-    return grids
-
-
-def main():
-    args = parse_args()
-    grids = read_grids(args)
-    lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
-    missing = {n for n, grid in grids.items() if not is_done(n, grid, args)}
-    model = load_vlm(args.vlm, args.quantize) if missing else None
-    for batch in dsd.batches(
-        list(grids.items()), max(args.batch_size // 6, 1), "curate"
-    ):  # a 2x2 grid has six pairs
-        if missing & dict(batch).keys():
-            curate_batch(dict(batch), model, args)
-    if not dsd.is_main_process():
-        return
-    records = [r for n, grid in grids.items() for r in transcript(n, grid, args)]
+def write_results(records, args):
+    """Write all but the transcripts and the panels, and say how many pairs were accepted."""
     pairs = training_pairs(records)
-    summary = summarise(records, pairs)
+    summary = {"training_pairs": len(pairs)} | count_verdicts(records) | {"by_family": {}}
+    for family in sorted({record["family"] for record in records}):
+        members = [record for record in records if record["family"] == family]
+        summary["by_family"][family] = count_verdicts(members)
     dsd.write_json(args.out / "metadata.jsonl", pairs)
     dsd.write_json(args.out / "summary.json", summary)
     draw_sheet([r for r in records if r["verdict"] == "yes"], args, "accepted.png")
     draw_sheet([r for r in records if r["verdict"] != "yes"], args, "rejected.png")
     if not pairs:
         raise dsd.DsdError(
-            f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and transcripts/); "
-            "make more or better grids, or try another --vlm or a higher --tolerance"
+            f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and "
+            "transcripts/); make more or better grids, or try another --vlm or a higher --tolerance"
         )
     print(
-        f"{summary['yes']} of {summary['pairs']} pairs accepted ({summary['accept_rate']:.0%}; the verdicts are in "
-        f"summary.json): {len(pairs)} training pairs in {args.out}"
+        f"{summary['yes']} of {len(records)} pairs accepted ({summary['accept_rate']:.0%}; verdicts: "
+        f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}"
     )
-    lock.release()
+
+
+# ---- command line --------------------------------------------------------------------------------
+def parse_args():
+    parser = dsd.Parser(__doc__, "runs/pairs")
+    add, whole = parser.add_argument, dsd.at_least(1)
+    about = "the curator: an image-text-to-text folder or hub name"
+    add("--vlm", default=dsd.MINIATURE / "vlm", help=about)
+    add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
+    about = "describe the target, or say how to turn the reference into it"
+    add("--caption", choices=["description", "instruction"], default="description", help=about)
+    add("--example", default=EXAMPLE, help="a sample answer, which is appended to the question")
+    about = "accept a pair if the comparison names at most this many differing parts"
+    add("--tolerance", type=dsd.at_least(0), default=0, help=about)
+    add("--batch_size", type=whole, default=64, help="pairs in a batch; affects speed and memory")
+    about = "longest answer; longer ones count as truncated"
+    add("--max_new_tokens", type=whole, default=400, help=about)
+    parser.add_large_model_options(offload=False)
+    return parser.parse("curate", source="vlm")
+
+
+def read_grids(args):
+    """The grids that generate_grids.py recorded, {number: record}; what is listed twice counts once."""
+    file, again = args.grids / "grids.jsonl", "run generate_grids.py again"
+    if not file.exists():
+        raise dsd.DsdError(f"no {file}; run generate_grids.py first, or give --grids")
+    records = dsd.read_records(file, "file", "prompt", "subject", "family")
+    grids = list({record["file"]: record for record in records}.values())
+    if not grids:
+        raise dsd.DsdError(f"{file}: no grids; {again}")
+    for grid in grids:
+        sides = [grid.get("rows"), grid.get("columns")]
+        if sides == [1, 1] or any(side not in range(1, 9) for side in sides):
+            raise dsd.DsdError(f"{file}: 1 to 8 rows and columns, more than one panel; {again}")
+    return dict(enumerate(grids))
+
+
+def main():
+    args = parse_args()
+    grids, state = read_grids(args), PartialState()
+    missing = [g["file"] for g in grids.values() if not (args.grids / g["file"]).exists()]
+    if missing:
+        raise dsd.DsdError(
+            f"{len(missing)} of {len(grids)} grids are missing, such as {args.grids / missing[0]}; "
+            "run generate_grids.py again"
+        )
+    with (
+        state.main_process_first()
+    ):  # nobody writes before the main process has accepted the folder
+        dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
+    unfinished = {number for number, grid in grids.items() if not is_done(number, grid, args)}
+    model = load_vlm(args.vlm, args.quantize) if unfinished else None
+    grids_in_batch = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
+    for batch in dsd.batches(list(grids.items()), grids_in_batch, "curate"):
+        if unfinished & dict(batch).keys():
+            curate_batch(dict(batch), model, args)
+        for number, grid in batch:
+            panels = [panel_file(number, k) for k in range(grid["rows"] * grid["columns"])]
+            if not all((args.out / panel).exists() for panel in panels):  # deleted since
+                save_panels(number, grid, args)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        records = []
+        for number, grid in grids.items():
+            records += transcript(number, grid, args)
+        write_results(records, args)
 
 
 if __name__ == "__main__":
