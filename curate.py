@@ -17,6 +17,8 @@ Started again, the same command asks only about batches that are not complete. T
 curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the command again.
 """
 
+import dsd
+
 import collections
 import itertools
 import random
@@ -27,10 +29,8 @@ import numpy
 import torch
 from accelerate import PartialState
 from diffusers.utils import make_image_grid
-from PIL import ImageChops, ImageStat
+from PIL import Image, ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import dsd
 
 # ---- the questions -------------------------------------------------------------------------------
 PAIR_QUESTION = (
@@ -92,8 +92,9 @@ def ask(vlm, processor, cases, questions, batch_size, max_new_tokens):
             texts.append(processor.apply_chat_template(messages, add_generation_prompt=True))
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
         inputs = inputs.to(vlm.device, vlm.dtype)
-        limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0}
-        tokens = vlm.generate(**inputs, do_sample=False, **limits)
+        tokens = vlm.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
+        )
         tokens = tokens[:, inputs["input_ids"].shape[1] :].cpu()  # (B, length of an answer)
         ended = torch.isin(tokens, torch.tensor(vlm.generation_config.eos_token_id)).any(dim=1)
         for text, whole in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended):
@@ -112,17 +113,29 @@ NAME = (
 
 
 def split_steps(text):
-    """The steps of an answer in their order, [[name, what it says], ...]; each begins a line."""
-    steps = []
+    """[(name, what it says), ...] of the steps in a text; each begins a line and may span several."""
+    names, texts = [], []
     for line in text.splitlines():
         line = line.strip(" \t#>•-")  # marks of headings, quotations and lists
         heading = re.match(f"{NUMBER}{NAME}(?::|$)", line, re.IGNORECASE)
         if heading:
-            name = heading[1].lower().replace("comparison", "compare")
-            steps.append([name, line[heading.end() :].strip()])
-        elif steps:
-            steps[-1][1] = f"{steps[-1][1]}\n{line}".strip()
-    return steps
+            names.append(heading[1].lower().replace("comparison", "compare"))
+            texts.append([line[heading.end() :]])
+        elif names:
+            texts[-1].append(line)
+    return [(name, "\n".join(lines).strip()) for name, lines in zip(names, texts)]
+
+
+def find_steps(answer):
+    """{name: what it says} of the five steps, or {} if they are not all there and in order."""
+    text = re.sub(r"[*_`]", "", answer).replace("：", ":")  # without marks of emphasis and code
+    separator = rf"[\s.;,]+(?={NUMBER}{NAME}:)"
+    one_line = re.sub(separator, "\n", text, flags=re.IGNORECASE)  # if steps share a line
+    for form in text, one_line:
+        steps = split_steps(form)
+        if [name for name, _ in steps] == STEPS and all(said for _, said in steps):
+            return dict(steps)
+    return {}
 
 
 def differing_parts(comparison):
@@ -145,24 +158,17 @@ def parse(answer, tolerance=0):
     most this many differing parts."""
     if answer.endswith(TRUNCATED):
         return "truncated", "truncated: the answer reached --max_new_tokens"
-    unparsable = "unparsable", "unparsable: not the five steps with one yes or no at the end"
-    text = re.sub(r"[*_`]", "", answer).replace("：", ":")  # without marks of emphasis and code
-    steps = split_steps(text)
-    if [name for name, _ in steps] != STEPS:  # perhaps several steps share a line
-        separator = rf"[\s.;,]+(?={NUMBER}{NAME}:)"
-        steps = split_steps(re.sub(separator, "\n", text, flags=re.IGNORECASE))
-    if [name for name, _ in steps] != STEPS or not all(said for _, said in steps):
-        return unparsable
-    subject, comparison, last = steps[0][1], steps[3][1], steps[4][1].lower()
+    steps = find_steps(answer)
+    last = steps.get("verdict", "").lower()
     verdict = re.match(r"\W*(yes|no)\b", last)
     # "yes and no", "yes/no" and "yes, no." say nothing; "yes, no differences" does
     both = re.match(r"\W*(yes|no)\W*((or|and)\W*(yes|no)\b|(yes|no)\b(?! \w))", last)
     if not verdict or both:
-        return unparsable
+        return "unparsable", "unparsable: not the five steps with one yes or no at the end"
     if verdict[1] == "yes":
-        return "yes", f"yes: {subject}"
-    differing = differing_parts(comparison)
-    reason = f"no: {', '.join(differing) or comparison}"
+        return "yes", f"yes: {steps['subject']}"
+    differing = differing_parts(steps["compare"])
+    reason = f"no: {', '.join(differing) or steps['compare']}"
     if 0 < len(differing) <= tolerance:
         return "yes", f"tolerated {reason}"
     return "no", reason
@@ -183,34 +189,49 @@ def panel_file(number, panel):
     return f"images/{number:06d}_{panel}.png"
 
 
-def gutter_depth(lines, seam, reach):
-    """How many lines on a side of the seam between two panels belong to a gutter; 0 without one.
+def gutter_depth(lines):
+    """How far a gutter reaches into the lines (n, pixels, 3) on one side of a seam; 0 without one.
 
-    lines: (lines, pixels, 3). A gutter's lines are of one colour, on both sides of the seam, and it
-    ends sharply within `reach` lines. A plain background is wider, or ends where a subject is."""
-    colour = numpy.median(lines[seam - 1 : seam + 1], axis=(0, 1))  # (3,)
-    share = (abs(lines - colour).max(axis=2) < 16).mean(axis=1)  # of each line, in this colour
-    depths = []
-    for outwards in share[seam - reach : seam][::-1], share[seam : seam + reach]:
-        depth = int((outwards < 0.98).argmax())  # the first line beyond; 0 if there is none
-        depths.append(depth if outwards[depth] < 0.5 else 0)
-    return max(depths) if all(depths) else 0
+    A gutter's lines have one colour, and it ends sharply. A plain background does not end here, or
+    not sharply: where the subject's tip is."""
+    colour = numpy.median(lines[:1], axis=(0, 1))  # (3,)
+    share = (abs(lines.astype(int) - colour).max(axis=2) < 16).mean(axis=1)  # in this colour
+    whole, end = int((share < 0.98).argmax()), int((share < 0.5).argmax())  # 0: none
+    return end if 0 < whole <= end <= whole + 1 else 0
+
+
+def without_gutters(lines, parts):
+    """A grid's lines (n, pixels, 3) without gutters, which many models draw, between its panels.
+
+    Where a gutter covers a part of a panel, mirrored lines take its place: the scale stays."""
+    if parts == 1:
+        return lines
+    side = len(lines) // parts
+    starts, ends = [0], []
+    for seam in range(side, side * parts, side):
+        reach = side // 8 + 1
+        before = gutter_depth(lines[seam - reach : seam][::-1])
+        after = gutter_depth(lines[seam : seam + reach])
+        if before == 0 or after == 0:
+            return lines
+        ends.append(seam - before)
+        starts.append(seam + after)
+    ends.append(len(lines))
+    side -= side % 8
+    panels = []
+    for k, (start, end) in enumerate(zip(starts, ends)):
+        lost = max(side - (end - start), 0)
+        first = lost * k // (parts - 1)  # the first panel lost its last lines
+        padding = (first, lost - first), (0, 0), (0, 0)
+        panels.append(numpy.pad(lines[start:end], padding, mode="reflect")[:side])
+    return numpy.concatenate(panels)
 
 
 def cut_panels(image, rows, columns):
-    """The panels of a grid. Many models draw gutters between them: as much is cut off all sides of
-    all panels, which are then enlarged to their size. A grid without gutters is only cut."""
-    panels = dsd.cut_grid(image, rows, columns)
-    width, height = panels[0].size
-    lines = numpy.asarray(image).astype(int)  # (H, W, 3)
-    upright = lines.swapaxes(0, 1)
-    depths = [gutter_depth(upright, k * width, width // 8) for k in range(1, columns)]
-    depths += [gutter_depth(lines, k * height, height // 8) for k in range(1, rows)]
-    depth = max(depths)
-    if depth == 0:
-        return panels
-    box = depth, depth, width - depth, height - depth
-    return [dsd.fit_image(panel.crop(box), width, height) for panel in panels]
+    """The panels of a grid, in reading order, without gutters."""
+    pixels = without_gutters(numpy.asarray(image), rows)  # (H, W, 3)
+    pixels = without_gutters(pixels.swapaxes(0, 1), columns).swapaxes(0, 1)
+    return dsd.cut_grid(Image.fromarray(pixels), rows, columns)
 
 
 def save_panels(number, grid, args):
@@ -384,7 +405,7 @@ def parse_args():
 
 
 def read_grids(args):
-    """The grids that generate_grids.py recorded, {number: record}; what is listed twice counts once."""
+    """The grids of generate_grids.py, {number: record}; one that is listed twice counts once."""
     file, again = args.grids / "grids.jsonl", "run generate_grids.py again"
     if not file.exists():
         raise dsd.DsdError(f"no {file}; run generate_grids.py first, or give --grids")
@@ -408,9 +429,7 @@ def main():
             f"{len(missing)} of {len(grids)} grids are missing, such as {args.grids / missing[0]}; "
             "run generate_grids.py again"
         )
-    with (
-        state.main_process_first()
-    ):  # nobody writes before the main process has accepted the folder
+    with state.main_process_first():  # it accepts the folder or refuses it
         dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
     unfinished = {number for number, grid in grids.items() if not is_done(number, grid, args)}
     model = load_vlm(args.vlm, args.quantize) if unfinished else None
