@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -113,7 +112,7 @@ NAME = (
 
 
 def split_steps(text):
-    """[(name, what it says), ...] of the steps in a text; each begins a line and may span several."""
+    """[(name, what it says), ...] of the steps in a text, each of which begins a line."""
     names, texts = [], []
     for line in text.splitlines():
         line = line.strip(" \t#>•-")  # marks of headings, quotations and lists
@@ -189,14 +188,13 @@ def panel_file(number, panel):
     return f"images/{number:06d}_{panel}.png"
 
 
-def gutter_depth(lines):
-    """How far a gutter reaches into the lines (n, pixels, 3) on one side of a seam; 0 without one.
+def gutter_depth(lines, colour):
+    """How far a gutter of a colour reaches into the lines (n, pixels, 3) beside a seam; 0: nowhere.
 
-    A gutter's lines have one colour, and it ends sharply. A plain background does not end here, or
-    not sharply: where the subject's tip is."""
-    colour = numpy.median(lines[:1], axis=(0, 1))  # (3,)
-    share = (abs(lines.astype(int) - colour).max(axis=2) < 16).mean(axis=1)  # in this colour
-    whole, end = int((share < 0.98).argmax()), int((share < 0.5).argmax())  # 0: none
+    A gutter fills its lines and ends sharply. A plain background does not end here, or not sharply:
+    where the subject's tip is."""
+    share = (abs(lines.astype(int) - colour).max(axis=2) < 16).mean(axis=1)  # (n,) in this colour
+    whole, end = int((share < 0.98).argmax()), int((share < 0.7).argmax())  # 0: none
     return end if 0 < whole <= end <= whole + 1 else 0
 
 
@@ -210,8 +208,9 @@ def without_gutters(lines, parts):
     starts, ends = [0], []
     for seam in range(side, side * parts, side):
         reach = side // 8 + 1
-        before = gutter_depth(lines[seam - reach : seam][::-1])
-        after = gutter_depth(lines[seam : seam + reach])
+        colour = numpy.median(lines[seam - 1 : seam + 1], axis=(0, 1))  # (3,), of both panels
+        before = gutter_depth(lines[seam - reach : seam][::-1], colour)
+        after = gutter_depth(lines[seam : seam + reach], colour)
         if before == 0 or after == 0:
             return lines
         ends.append(seam - before)
@@ -289,7 +288,7 @@ def caption_pairs(records, panels, model, args):
 
 
 def transcript(number, grid, args):
-    """The saved transcripts of one grid, or [] if there are none or the grid was another picture."""
+    """The saved transcripts of one grid; [] without any, or if they are of another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
     saved = dsd.read_json(file)
     if not saved or saved.get("picture") != dsd.digest(args.grids / grid["file"]):
@@ -379,8 +378,9 @@ def write_results(records, args):
             f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and "
             "transcripts/); make more or better grids, or try another --vlm or a higher --tolerance"
         )
+    rate = f"{summary['accept_rate']:.0%}"
     print(
-        f"{summary['yes']} of {len(records)} pairs accepted ({summary['accept_rate']:.0%}; verdicts: "
+        f"{summary['yes']} of {len(records)} pairs accepted ({rate}; the verdicts are in "
         f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}"
     )
 
@@ -401,7 +401,7 @@ def parse_args():
     about = "longest answer; longer ones count as truncated"
     add("--max_new_tokens", type=whole, default=400, help=about)
     parser.add_large_model_options(offload=False)
-    return parser.parse("curate", source="vlm")
+    return parser.parse("curate", folder="vlm")
 
 
 def read_grids(args):
@@ -420,17 +420,22 @@ def read_grids(args):
     return dict(enumerate(grids))
 
 
-def main():
-    args = parse_args()
-    grids, state = read_grids(args), PartialState()
-    missing = [g["file"] for g in grids.values() if not (args.grids / g["file"]).exists()]
+def check_grids_exist(grids, args):
+    """Refuse an unfinished run of generate_grids.py before a model is loaded."""
+    files = [args.grids / grid["file"] for grid in grids.values()]
+    missing = [file for file in files if not file.exists()]
     if missing:
         raise dsd.DsdError(
-            f"{len(missing)} of {len(grids)} grids are missing, such as {args.grids / missing[0]}; "
-            "run generate_grids.py again"
+            f"{len(missing)} of {len(grids)} grids are missing, such as {missing[0]}; run "
+            "generate_grids.py again"
         )
-    with state.main_process_first():  # it accepts the folder or refuses it
-        dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
+
+
+def main():
+    args = parse_args()
+    grids = read_grids(args)
+    check_grids_exist(grids, args)
+    lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
     unfinished = {number for number, grid in grids.items() if not is_done(number, grid, args)}
     model = load_vlm(args.vlm, args.quantize) if unfinished else None
     grids_in_batch = max(args.batch_size // 6, 1)  # a 2x2 grid has six pairs
@@ -441,12 +446,12 @@ def main():
             panels = [panel_file(number, k) for k in range(grid["rows"] * grid["columns"])]
             if not all((args.out / panel).exists() for panel in panels):  # deleted since
                 save_panels(number, grid, args)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if dsd.is_main_process():
         records = []
         for number, grid in grids.items():
             records += transcript(number, grid, args)
         write_results(records, args)
+    lock.release()
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ BROKEN = [
     ("curate", "grids/grids.jsonl", records({"file": "a.png"}), "grids/grids.jsonl, line 1"),
     ("curate", "grids/grids.jsonl", records(GRID | {"rows": 10**9}), "rows"),
     ("curate", "grids/grids.jsonl", records(GRID | {"rows": 1, "columns": 1}), "one panel"),
-    ("curate", "grids/000000.png", None, "grids/000000.png"),
+    ("curate", "grids/000000.png", None, "1 of 1 grids are missing ... grids/000000.png"),
     ("finetune", "pairs/metadata.jsonl", b"", "no pairs"),
     ("finetune", "pairs/metadata.jsonl", b"no JSON\n", "pairs/metadata.jsonl, line 1"),
     ("finetune", "pairs/metadata.jsonl", b"[" * 100_000, "pairs/metadata.jsonl, line 1"),

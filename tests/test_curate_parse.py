@@ -1,10 +1,16 @@
 """Answers as public vision-language models of different families write them, complete and incomplete, and what
 curate.parse makes of them. The texts are our own; what is real about them is their form."""
 
+import dsd
+
+import shutil
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import critter, difference
+from diffusers.utils import make_image_grid
+from PIL import Image
 from transformers import BatchFeature
 
 import curate  # first of all: it imports dsd
@@ -156,3 +162,88 @@ def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folde
         monkeypatch.setattr("sys.argv", ["curate.py", *options])
         assert curate.parse_args().example == example
     assert curate.parse(curate.EXAMPLE.partition(":\n")[2]) == ("no", "no: tail different")
+
+
+PAD, END = {"pad_token": None}, {"eos_token": None}
+NO_PAD_ID, NO_END_ID = {"pad_token_id": None}, {"eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    "tokenizer, generation, usable",
+    [
+        (PAD, NO_PAD_ID, True),
+        ({}, NO_END_ID, True),
+        (END, {}, True),
+        (PAD, NO_PAD_ID | NO_END_ID, True),
+        (END, NO_END_ID, False),
+        (PAD | END, {}, False),
+    ],
+)
+def test_a_vlm_without_some_special_tokens_answers_the_same_or_is_refused(
+    tokenizer, generation, usable, vlm, tmp_path
+):
+    folder = tmp_path / "vlm"
+    shutil.copytree(vlm, folder)
+    for name, changes in (("tokenizer", tokenizer), ("generation", generation)):
+        file = folder / f"{name}_config.json"
+        dsd.write_json(file, dsd.read_json(file) | changes)
+    if not usable:
+        with pytest.raises(dsd.DsdError, match="no eos_token"):
+            curate.load_vlm(folder)
+        return
+    cases = [[critter(7, [0, 0, 0])], [critter(7, [1, 0, 0]), critter(7, [2, 0, 0])]]
+    questions = [curate.DETAILS_QUESTION, curate.PAIR_QUESTION]  # of different lengths
+    asked = cases, questions, 2, 100
+    assert curate.ask(*curate.load_vlm(folder), *asked) == curate.ask(*curate.load_vlm(vlm), *asked)
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------------
+PANELS = [critter(7, [scene, 0, light]) for scene, light in ((0, 0), (3, 1), (5, 2), (7, 3))]
+
+
+@pytest.mark.parametrize("colour", ["white", "black", (128, 90, 70)])
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_gutters_are_taken_out(width, colour):
+    """Drawn between the panels, they leave the panels as they were; over them, a few pixels at an edge are lost."""
+    size = 32 * 2 + width
+    spread = Image.new("RGB", (size, size), colour)
+    for k, panel in enumerate(PANELS):
+        spread.paste(panel, (k % 2 * (32 + width), k // 2 * (32 + width)))
+    apart = curate.cut_panels(spread, 2, 2)
+    assert all(difference(*pair) == 0 for pair in zip(apart, PANELS, strict=True))
+    grid = make_image_grid(PANELS, 2, 2)
+    start = 32 - width // 2
+    for box in ((start, 0, start + width, 64), (0, start, 64, start + width)):
+        grid.paste(colour, box)
+    covered = curate.cut_panels(grid, 2, 2)
+    lost = (width + 1) // 2
+    for k, (panel, whole) in enumerate(zip(covered, PANELS, strict=True)):
+        left, top = lost * (k % 2), lost * (k // 2)
+        box = left, top, left + 32 - lost, top + 32 - lost
+        assert panel.size == (32, 32) and difference(panel.crop(box), whole.crop(box)) == 0
+
+
+def on_white(*boxes):
+    """A grid of plain white panels, each with a black shape."""
+    panels = []
+    for box in boxes:
+        panels.append(Image.new("RGB", (64, 64), "white"))
+        panels[-1].paste("black", box)
+    return make_image_grid(panels, 1, len(panels))
+
+
+@pytest.mark.parametrize(
+    "grid, rows, columns",
+    [
+        (make_image_grid(PANELS, 2, 2), 2, 2),
+        (make_image_grid(PANELS[:3], 1, 3), 1, 3),
+        (make_image_grid([PANELS[0]] * 4, 2, 2), 2, 2),
+        (Image.new("RGB", (67, 65), "white"), 2, 2),
+        (on_white((20, 20, 50, 50), (20, 20, 50, 50)), 1, 2),
+        (on_white((20, 30, 61, 40), (3, 30, 50, 40)), 1, 2),
+    ],
+)
+def test_grids_without_gutters_are_only_cut(grid, rows, columns):
+    panels = curate.cut_panels(grid, rows, columns)
+    whole = dsd.cut_grid(grid, rows, columns)
+    assert [panel.tobytes() for panel in panels] == [panel.tobytes() for panel in whole]

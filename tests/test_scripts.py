@@ -590,6 +590,15 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
     assert dsd.read_json(folder / "summary.json")["yes"] == 2
 
 
+def test_a_panel_that_was_deleted_is_cut_again_without_a_model(curated, run, monkeypatch):
+    folder, start = curated
+    before = written(folder)
+    (folder / "images" / "000001_2.png").unlink()
+    monkeypatch.setattr(curate, "load_vlm", None)
+    run(*start)
+    assert written(folder) == before
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def draw(run, tmp_path):
