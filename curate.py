@@ -381,7 +381,7 @@ def write_results(records, args):
     rate = f"{summary['accept_rate']:.0%}"
     print(
         f"{summary['yes']} of {len(records)} pairs accepted ({rate}; the verdicts are in "
-        f"summary.json): {len(pairs)} training pairs in {args.out}, {dsd.memory_in_use()}"
+        f"summary.json): {len(pairs)} training pairs in {args.out}"
     )
 
 
