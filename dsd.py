@@ -238,9 +238,9 @@ def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
     nothing = torch.zeros_like(condition)
     null_text = [part.expand(len(x), *part.shape[1:]) for part in null_text]
     passes = [  # the formula, sorted by v
-        (1 - s_i, nothing, null_text),
-        (s_i - s_t, condition, null_text),
-        (s_t, condition, text),
+        (1 - s_i, nothing, null_text),  # v(0,0)
+        (s_i - s_t, condition, null_text),  # v(I,0)
+        (s_t, condition, text),  # v(I,T)
     ]
     v = 0
     for weight, reference, prompt in passes:
@@ -457,8 +457,10 @@ def load_pipeline(
         load_adapter(pipe, adapter)  # before offloading takes the weights away
     if offload == "none":
         return pipe.to(device)
-    way = {"model": cls.enable_model_cpu_offload, "sequential": cls.enable_sequential_cpu_offload}
-    way[offload](pipe, device=device)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
     return pipe
 
 
@@ -539,7 +541,8 @@ class Parser(argparse.ArgumentParser):
         words = [part for word in sys.argv for part in word.split("=", 1)]
         value = self.get_default(name)
         for word, following in itertools.pairwise([*words, None]):
-            value = following if word == f"--{name}" else value
+            if word == f"--{name}":
+                value = following
         return value
 
     def parse(self, script, folder="model", **more):

@@ -88,11 +88,13 @@ def encode_pairs(pipe, pairs, args):
         if all(pair["cache"].exists() for pair in part):
             continue
         images = [open_pair(args, pair) for pair in part]
-        reference = dsd.to_pixels([reference for reference, _ in images])  # (n, 3, H, W)
-        target = dsd.to_pixels([target for _, target in images])
+        references = dsd.to_pixels([reference for reference, _ in images])  # (n, 3, H, W)
+        targets = dsd.to_pixels([target for _, target in images])
         if args.frames == 2:
-            target, reference = dsd.canvas(reference, target), dsd.canvas(reference)
-        x_0, condition = dsd.encode(pipe.vae, target), dsd.encode(pipe.vae, reference)  # (n, N, 64)
+            drawn, shown = dsd.canvas(references, targets), dsd.canvas(references)
+        else:
+            drawn, shown = targets, references
+        x_0, condition = dsd.encode(pipe.vae, drawn), dsd.encode(pipe.vae, shown)  # (n, N, 64)
         embeds, pooled = dsd.encode_prompts(pipe, [pair["prompt"] for pair in part])
         batch = [t.to("cpu", torch.bfloat16) for t in (x_0, condition, embeds, pooled)]
         for k, pair in enumerate(part):
@@ -118,11 +120,12 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     n = args.batch_size
     indices = torch.randint(len(pairs), (n,), generator=generator)
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    # Two windows of one uniform u that overlap: some pairs lose their reference, some their prompt,
-    # and some both, since guidance needs v(0,0) as well as v(I,0). (Our choice: half of the first.)
-    u, half = torch.rand(n, generator=generator), args.condition_dropout / 2
+    # (Our choice) Half of the pairs that lose their reference lose their prompt too, as one u
+    # decides: guidance needs v(0,0) as well as v(I,0).
+    u = torch.rand(n, generator=generator)
+    half = args.condition_dropout / 2
     no_reference = u < args.condition_dropout  # (n,)
-    no_prompt = (half <= u) & (u < half + args.prompt_dropout)  # (n,)
+    no_prompt = (u >= half) & (u < half + args.prompt_dropout)  # (n,)
     noise_seeds = torch.randint(2**31, (n,), generator=generator)
 
     mine = slice(accelerator.process_index, n, accelerator.num_processes)
@@ -271,6 +274,7 @@ def validate(pipe, held_out, null_text, args, step):
     Pairs, noise and noise levels are the same at every step, so that losses can be compared."""
     device, generator = pipe.transformer.device, torch.Generator().manual_seed(0)
     chosen = random.Random(0).sample(held_out, min(24, len(held_out)))
+    settings = {name: getattr(args, name) for name in ("frames", *SCALES)} | {"steps": 20}
     losses, rows = 0, []
     for i in range(0, len(chosen), args.batch_size):
         part = chosen[i : i + args.batch_size]
@@ -283,11 +287,8 @@ def validate(pipe, held_out, null_text, args, step):
     for seed, pair in enumerate(chosen[:6]):
         reference, target = open_pair(args, pair)
         text = [tensor.to(device) for tensor in read_cache([pair])[2]]
-        scales = args.image_guidance, args.text_guidance, args.guidance_scale
         pixels = dsd.to_pixels([reference])
-        image = dsd.sample_edit(
-            pipe, pixels, text, null_text, [seed], 20, *scales, frames=args.frames
-        )[0]
+        image = dsd.sample_edit(pipe, pixels, text, null_text, [seed], **settings)[0]
         row = [(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
         rows.append(row)
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")

@@ -146,8 +146,15 @@ def parse_args():
     add(
         "--enhance", metavar="VLM", help="this model completes prompts with the references' details"
     )
-    add("--fit", choices=["crop", "pad"], default="crop", help="other proportions: or add white")
-    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help="of the noise; one a picture")
+    add(
+        "--fit",
+        choices=["crop", "pad"],
+        default="crop",
+        help="other proportions: crop, or add white",
+    )
+    add(
+        "--seed", type=dsd.at_least(0), nargs="+", default=[0], help="of the noise; each draws once"
+    )
     add_drawing_options(parser)
     adapter = parser.peek("adapter") or find_adapter(parser.peek("model"))
     facts = dsd.adapter_facts(adapter) if adapter else {}
