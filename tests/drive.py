@@ -1,6 +1,9 @@
-"""Runs several scripts in one process, for tests that want a fresh process (or several) but not seconds of imports for
-each script. Takes one JSON argument: {"commands": [[script, argument, ...], ...], "counts": file}. In this file it
-counts how many batches this process did, {script: number}."""
+"""Runs several scripts in one process, which saves seconds of imports for each of them.
+
+    python tests/drive.py commands.json
+
+The file holds a list of command lines, each a list that begins with a script's name. How many
+batches of each kind this process did is written to batches_RANK.json: {name: number}."""
 
 import collections
 import importlib
@@ -11,27 +14,22 @@ from pathlib import Path
 from accelerate import PartialState
 from conftest import dsd  # which lets Python find the scripts
 
-BATCHES = {
-    "generate_grids": "draw_grids",
-    "curate": "curate_batch",
-    "finetune": "draw_batch",
-    "sample": "draw_pictures",
-}
-task, counts = json.loads(sys.argv[1]), collections.Counter()
-for script, *args in task["commands"]:
-    module = importlib.import_module(script)
-    if script in BATCHES:
+COUNTS, BATCHES = collections.Counter(), dsd.batches
 
-        def counted(*args, script=script, real=getattr(module, BATCHES[script])):
-            counts[script] += 1
-            return real(*args)
 
-        setattr(module, BATCHES[script], counted)
+def counted_batches(items, size, name):
+    for batch in BATCHES(items, size, name):
+        COUNTS[name] += 1
+        yield batch
+
+
+dsd.batches = counted_batches
+for script, *args in json.loads(Path(sys.argv[1]).read_text()):
     if PartialState._shared_state:  # the main process of the step before writes last
         PartialState().wait_for_everyone()
-    sys.argv = [script, *map(str, args)]
+    sys.argv = [script, *args]
     try:
-        dsd.run_main(module.main)
+        dsd.run_main(importlib.import_module(script).main)
     except SystemExit as stop:  # --help ends so
         assert stop.code == 0
-Path(f"{task['counts']}_{PartialState().process_index}.json").write_text(json.dumps(counts))
+Path(f"batches_{PartialState().process_index}.json").write_text(json.dumps(COUNTS))

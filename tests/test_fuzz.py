@@ -1,7 +1,9 @@
-"""Random damage to pictures, adapters and records: each file is used correctly or refused by the project's own error.
+"""Random damage to pictures, adapters and records: each file is used correctly or refused by the
+project's own error.
 
-The damage is drawn from fixed seeds. PNG carries checksums, so what is accepted must show the very pixels. An adapter
-has none: what is accepted must be finite weights of the right shapes. An accepted record has the right fields."""
+The damage is drawn from fixed seeds. PNG carries checksums, so what is accepted must show the very
+pixels. An adapter has none: what is accepted must be finite weights of the right shapes. An
+accepted record has the right fields."""
 
 import dsd
 
@@ -19,36 +21,41 @@ import curate
 import finetune
 
 
+def injure(data, draw):
+    """`data` with one injury: what is between two places is changed, cut, repeated or zeroed."""
+    a, b = sorted(draw.randrange(len(data) + 1) for _ in range(2))
+    near = min(b, a + draw.choice([1, 8, 64]))
+    flipped = bytes(c ^ 1 << draw.randrange(8) for c in data[a : a + 1])
+    injuries = [
+        data[:a] + flipped + data[a + 1 :],
+        data[:a] + draw.randbytes(near - a) + data[near:],
+        data[:a],
+        data[:a] + data[near:],
+        data[:b] + data[a:],
+        data[:a] + bytes(near - a) + data[near:],
+        data[:a] + draw.randbytes(draw.randint(1, 20)) + data[a:],
+    ]
+    return draw.choice(injuries)
+
+
 def damage(data, draw):
-    """`data` with one to three injuries: a flipped bit, bytes changed, cut off, taken out, repeated, zeroed, put in."""
+    """`data` with one to three injuries."""
     for _ in range(draw.randint(1, 3)):
-        a, b = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-        near = min(b, a + draw.choice([1, 8, 64]))
-        data = draw.choice(
-            [
-                data[:a]
-                + bytes(c ^ 1 << draw.randrange(8) for c in data[a : a + 1])
-                + data[a + 1 :],
-                data[:a] + draw.randbytes(near - a) + data[near:],
-                data[:a],
-                data[:a] + data[near:],
-                data[:b] + data[a:],
-                data[:a] + bytes(near - a) + data[near:],
-                data[:a] + draw.randbytes(draw.randint(1, 20)) + data[a:],
-            ]
-        )
+        data = injure(data, draw)
     return data
 
 
+WRONG_VALUES = [None, True, -1, 7.5, 10**40, float("nan"), "", "x", "\0", "\ud800", [], {"a": 1}]
+
+
 def bend(records, draw):
-    """JSON lines of `records`, damaged in their bytes, or with a field missing or of another value."""
-    records, in_bytes = [dict(record) for record in records], draw.random() < 0.3
+    """JSON lines of `records`, damaged in their bytes, or with a wrong or a missing field."""
+    records = [dict(record) for record in records]
+    in_bytes = draw.random() < 0.3
     if not in_bytes:
         record = draw.choice(records)
         name = draw.choice(sorted(record))
-        record[name] = draw.choice(
-            [None, True, -1, 7.5, 10**40, float("nan"), "", "x", "\0", "\ud800", [], {"a": 1}]
-        )
+        record[name] = draw.choice(WRONG_VALUES)
         if draw.random() < 0.2:
             del record[name]
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -56,7 +63,7 @@ def bend(records, draw):
 
 
 def used(load, argument, file, data):
-    """What a loader makes of a file of this content, None if it refuses it in one line; other exceptions go through."""
+    """What a loader makes of a file of this content, None if it refuses it in one line."""
     COUNTS["random corruptions"] += 1
     file.write_bytes(data)
     try:
@@ -68,15 +75,24 @@ def used(load, argument, file, data):
 
 @pytest.mark.parametrize(
     "mode, suffix",
-    [(mode, "png") for mode in ("RGB", "P", "RGBA", "L")]
-    + [("RGB", suffix) for suffix in ("jpg", "gif", "webp", "tiff", "bmp")],
+    [
+        ("RGB", "png"),
+        ("P", "png"),
+        ("RGBA", "png"),
+        ("L", "png"),
+        ("RGB", "jpg"),
+        ("RGB", "gif"),
+        ("RGB", "webp"),
+        ("RGB", "tiff"),
+        ("RGB", "bmp"),
+    ],
 )
 def test_damaged_pictures_are_refused_or_opened(mode, suffix, tmp_path):
     draw, file = random.Random(mode + suffix), tmp_path / f"picture.{suffix}"
     critter(7, [1, 0, 0]).convert(mode).save(file)
     sound, data = dsd.open_image(file), file.read_bytes()
-    opened = [used(dsd.open_image, file, file, damage(data, draw)) for _ in range(60)]
-    opened = [image for image in opened if image]
+    images = [used(dsd.open_image, file, file, damage(data, draw)) for _ in range(60)]
+    opened = [image for image in images if image]
     assert all(image.mode == "RGB" for image in opened)
     if suffix == "png":
         assert len(opened) < 40 and all(image == sound for image in opened)
@@ -88,10 +104,16 @@ def test_damaged_adapters_are_refused_or_loaded_as_finite_weights_of_the_right_s
     dsd.save_adapter(student, tmp_path, {"frames": 2})
     wanted, data, accepted = get_peft_model_state_dict(student), file.read_bytes(), 0
     header = 8 + int.from_bytes(data[:8], "little")  # its small first part says what the rest is
-    for i in range(100):
+
+    def load(folder):
         pipe = FluxControlPipeline(None, None, None, None, None, None, copy.deepcopy(transformer))
+        dsd.load_adapter(pipe, folder)
+        return pipe
+
+    for i in range(100):
         damaged = damage(data, draw) if i % 2 else damage(data[:header], draw) + data[header:]
-        if used(lambda folder: dsd.load_adapter(pipe, folder), tmp_path, file, damaged) is not None:
+        pipe = used(load, tmp_path, file, damaged)
+        if pipe:
             accepted += 1
             for name, tensor in get_peft_model_state_dict(pipe.transformer).items():
                 assert tensor.isfinite().all() and tensor.shape == wanted[name].shape
@@ -101,39 +123,19 @@ def test_damaged_adapters_are_refused_or_loaded_as_finite_weights_of_the_right_s
 def test_damaged_records_are_refused_or_have_the_right_fields(tmp_path):
     draw = random.Random(2)
     args = argparse.Namespace(grids=tmp_path, pairs=tmp_path, seed=0, validation_grids=1)
-    grids = [
-        {
-            "file": f"{i}.png",
-            "prompt": "a grid",
-            "subject": "a fox",
-            "family": "subject",
-            "rows": 2,
-            "columns": 2,
-        }
-        for i in range(3)
-    ]
-    pairs = [
-        {
-            "reference_file_name": "a.png",
-            "target_file_name": f"{i}.png",
-            "prompt": "a fox",
-            "grid": i,
-        }
-        for i in range(4)
-    ]
+    grid = {"prompt": "a grid", "subject": "a fox", "family": "subject", "rows": 2, "columns": 2}
+    grids = [grid | {"file": f"{i}.png"} for i in range(3)]
+    pair = {"reference_file_name": "a.png", "prompt": "a fox"}
+    pairs = [pair | {"target_file_name": f"{i}.png", "grid": i} for i in range(4)]
     for _ in range(300):
-        for grid in (
-            used(curate.read_grids, args, tmp_path / "grids.jsonl", bend(grids, draw)) or {}
-        ).values():
+        found = used(curate.read_grids, args, tmp_path / "grids.jsonl", bend(grids, draw))
+        for grid in (found or {}).values():
             assert 1 <= grid["rows"] <= 8 and 1 <= grid["columns"] <= 8
-            assert all(
-                isinstance(grid[name], str) for name in ("file", "prompt", "subject", "family")
-            )
-        for part in (
-            used(finetune.read_pairs, args, tmp_path / "metadata.jsonl", bend(pairs, draw)) or []
-        ):
-            for pair in part:
-                assert isinstance(pair["reference_file_name"], str) and isinstance(
-                    pair["target_file_name"], str
-                )
-                assert pair["prompt"].strip()
+            for name in ("file", "prompt", "subject", "family"):
+                assert isinstance(grid[name], str)
+        found = used(finetune.read_pairs, args, tmp_path / "metadata.jsonl", bend(pairs, draw))
+        train, held_out = found or ([], [])
+        for pair in [*train, *held_out]:
+            for name in ("reference_file_name", "target_file_name"):
+                assert isinstance(pair[name], str)
+            assert pair["prompt"].strip()

@@ -1,7 +1,8 @@
-"""FLUX.1's own classes and a Qwen2.5-VL with small random weights, and what a CPU can show of the way on a GPU.
+"""FLUX.1's own classes and a Qwen2.5-VL with small random weights, and what a CPU can show of the
+way on a GPU.
 
-Stand-ins: a card is what torch says of it; accelerate fetches layers from main memory to main memory; bitsandbytes
-works on a CPU. What only a GPU can show is in the README."""
+Stand-ins: a card is what torch says of it; accelerate fetches layers from main memory to main
+memory; bitsandbytes works on a CPU. What only a GPU can show is in the README."""
 
 import dsd
 
@@ -11,13 +12,13 @@ import types
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import give_random_weights, noise_image
+from conftest import difference, give_random_weights, noise_image
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from diffusers.utils import make_image_grid
 from PIL import Image
 from random_models import make_flux, make_qwen
-from test_model import PROMPTS, difference, draw
+from test_model import PROMPTS, draw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5EncoderModel
 
@@ -54,18 +55,9 @@ def qwen(tmp_path_factory):
 def bitsandbytes(monkeypatch):
     """A quantiser that does its work on a CPU."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    monkeypatch.setattr(
-        BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None
-    )
-    monkeypatch.setattr(
-        BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"}
-    )
-
-
-def check(code, out, err):
-    """A script must have ended well; returns what it said on stderr."""
-    assert code == 0, err
-    return err
+    quantizer = BnB4BitDiffusersQuantizer
+    monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
 
 
 def student(model):
@@ -74,33 +66,17 @@ def student(model):
     return give_random_weights(dsd.add_lora(dsd.widen(transformer), 2))
 
 
-# ---- the four steps --------------------------------------------------------------------------------------------------
+# ---- the four steps ------------------------------------------------------------------------------
 def test_what_the_flags_leave_open_is_flux_1s_setting(monkeypatch):
     monkeypatch.setattr("sys.argv", ["generate_grids.py", "--model", HUB])
     args = generate_grids.parse_args()
-    assert (args.steps, args.width, args.height, args.guidance_scale, args.true_cfg_scale) == (
-        28,
-        512,
-        512,
-        3.5,
-        1.0,
-    )
+    assert (args.steps, args.width, args.height) == (28, 512, 512)
+    assert (args.guidance_scale, args.true_cfg_scale) == (3.5, 1.0)
 
 
-def test_grids_are_the_stock_pipelines_and_panels_need_not_be_square(model, tmp_path, call):
-    options = (
-        generate_grids,
-        "--model",
-        model,
-        "--count",
-        2,
-        "--steps",
-        2,
-        "--height",
-        32,
-        "--width",
-    )
-    assert call(*options, 48, "--out", tmp_path)[0] == 0
+def test_grids_are_the_stock_pipelines_and_panels_need_not_be_square(model, tmp_path, run, refused):
+    options = generate_grids, "--count 2 --steps 2 --height 32 --model", model
+    run(*options, "--width 48", "--out", tmp_path)
     record = dsd.read_records(tmp_path / "grids.jsonl")[1]
     image = FluxPipeline.from_pretrained(model)(
         record["prompt"],
@@ -112,72 +88,32 @@ def test_grids_are_the_stock_pipelines_and_panels_need_not_be_square(model, tmp_
         generator=torch.Generator().manual_seed(record["seed"]),
     ).images[0]
     assert dsd.open_image(tmp_path / record["file"]) == image
-    code, _, err = call(*options, 40, "--out", tmp_path / "odd")
-    assert code == 2 and "40 x 32 pixels" in err and "multiples of 16" in err
+    line = refused(*options, "--width 40", "--out", tmp_path / "odd")
+    assert "40 x 32 pixels" in line and "multiples of 16" in line
 
 
 def test_stock_diffusers_loads_what_is_trained_and_sampling_follows_prompt_and_guidance(
-    model, pairs, tmp_path, call
+    model, pairs, tmp_path, run
 ):
     adapter, photo = tmp_path / "adapter", tmp_path / "photo.jpg"
-    check(
-        *call(
-            finetune,
-            "--model",
-            model,
-            "--pairs",
-            pairs,
-            "--out",
-            adapter,
-            "--steps",
-            2,
-            "--rank",
-            2,
-            "--gradient_checkpointing",
-            "--precision",
-            "no",
-        )
-    )
+    options = "--steps 2 --rank 2 --gradient_checkpointing --precision no"
+    run(finetune, options, "--model", model, "--pairs", pairs, "--out", adapter)
     log = dsd.read_records(adapter / "log.jsonl")
     assert len(log) == 2 and all(0 < r["loss"] < 100 for r in log)
     pipe = FluxControlPipeline.from_pretrained(model)
     pipe.load_lora_weights(str(adapter))
     assert pipe.transformer.config.in_channels == 128
     assert pipe.transformer.x_embedder.lora_B["default_0"].weight.abs().max() > 0
+
     noise_image(48, 40).save(photo)
-    options = [
-        sample,
-        "--model",
-        model,
-        "--adapter",
-        adapter,
-        "--image",
-        photo,
-        "--width",
-        48,
-        "--height",
-        32,
-        "--steps",
-        3,
-        "--prompt",
-        "the cat at sea",
-    ]
-    guided = (
-        *options,
-        "the " * 600,
-        "--image_guidance",
-        1.5,
-        "--text_guidance",
-        2,
-        "--out",
-        tmp_path / "guided",
-    )
-    assert "1 of 2 prompts are longer" in check(*call(*guided))
-    check(*call(*options, "--out", tmp_path / "plain"))
-    images = [
-        dsd.open_image(tmp_path / file)
-        for file in ("guided/0000.png", "guided/0001.png", "plain/0000.png")
-    ]
+    options = sample, "--model", model, "--adapter", adapter, "--image", photo
+    options += ("--width 48 --height 32 --steps 3 --prompt 'the cat at sea'",)
+    guidance = "--image_guidance 1.5 --text_guidance 2"
+    said = run(*options, f"'{'the ' * 600}'", guidance, "--out", tmp_path / "guided").err
+    assert "1 of 2 prompts are longer" in said
+    run(*options, "--out", tmp_path / "plain")
+    files = "guided/0000.png", "guided/0001.png", "plain/0000.png"
+    images = [dsd.open_image(tmp_path / file) for file in files]
     assert images[0].size == (48, 32) and len({image.tobytes() for image in images}) == 3
 
 
@@ -206,176 +142,118 @@ def test_pictures_equal_the_unmodified_control_pipelines_within_one_grey_level(m
     assert difference(*ours) > 10
 
 
-def test_a_qwen_is_asked_about_every_pair_and_its_babble_is_rejected(qwen, dev, tmp_path, call):
-    check(
-        *call(
-            generate_grids,
-            "--model",
-            dev,
-            "--count",
-            1,
-            "--panel",
-            32,
-            "--steps",
-            1,
-            "--out",
-            tmp_path / "grids",
-        )
-    )
-    code, _, err = call(
-        curate,
-        "--grids",
-        tmp_path / "grids",
-        "--vlm",
-        qwen,
-        "--out",
-        tmp_path / "pairs",
-        "--batch_size",
-        4,
-        "--max_new_tokens",
-        20,
-    )
-    assert code == 2 and "none of 6 pairs" in err
-    records = dsd.read_json(tmp_path / "pairs" / "transcripts" / "000000.json")["pairs"]
-    assert {r["verdict"] for r in records} <= {"unparsable", "truncated"} and all(
-        r["answer"] for r in records
-    )
+def test_a_qwen_is_asked_about_every_pair_and_its_babble_is_rejected(
+    qwen, dev, tmp_path, run, refused
+):
+    grids, out = tmp_path / "grids", tmp_path / "pairs"
+    run(generate_grids, "--count 1 --panel 32 --steps 1 --model", dev, "--out", grids)
+    options = "--batch_size 4 --max_new_tokens 20 --grids"
+    assert "none of 6 pairs" in refused(curate, options, grids, "--vlm", qwen, "--out", out)
+    records = dsd.read_json(out / "transcripts" / "000000.json")["pairs"]
+    assert {r["verdict"] for r in records} <= {"unparsable", "truncated"}
+    assert all(r["answer"] for r in records)
 
 
 def test_a_qwens_answer_does_not_depend_on_the_batch(qwen):
     vlm, processor = curate.load_vlm(str(qwen))
     cases = [[noise_image(32, 32, i), noise_image(40, 32, i + 1)] for i in range(3)]
-    assert curate.ask(vlm, processor, cases, "Same?", 3, 5) == curate.ask(
-        vlm, processor, cases, "Same?", 1, 5
-    )
-    assert curate.ask(vlm, processor, [cases[0][:1]], curate.DETAILS_QUESTION, 1, 5)[
-        0
-    ]  # as sample.py --enhance does
+    together = curate.ask(vlm, processor, cases, "Same?", 3, 5)
+    assert together == curate.ask(vlm, processor, cases, "Same?", 1, 5)
+    # as sample.py --enhance does
+    assert curate.ask(vlm, processor, [cases[0][:1]], curate.DETAILS_QUESTION, 1, 5)[0]
 
 
-# ---- on a GPU --------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "module, options",
     [
-        *((module, ["--quantize", "nf4"]) for module in (generate_grids, curate, finetune, sample)),
-        *((module, ["--offload", "sequential"]) for module in (generate_grids, sample)),
-        (finetune, ["--model", HUB]),
-        (generate_grids, ["--model", HUB]),
-        (generate_grids, ["--llm", HUB]),
-        (curate, ["--vlm", "Qwen/Qwen2.5-VL-72B"]),
-        (
-            sample,
-            [
-                "--model",
-                HUB,
-                "--prompt",
-                "a fox",
-                "--image",
-                "x.png",
-                "--adapter",
-                dsd.MINIATURE / "adapter",
-            ],
-        ),
+        (generate_grids, "--quantize nf4"),
+        (curate, "--quantize nf4"),
+        (finetune, "--quantize nf4"),
+        (sample, "--quantize nf4"),
+        (generate_grids, "--offload sequential"),
+        (sample, "--offload sequential"),
+        (finetune, f"--model {HUB}"),
+        (generate_grids, f"--model {HUB}"),
+        (generate_grids, f"--llm {HUB}"),
+        (curate, "--vlm Qwen/Qwen2.5-VL-72B"),
+        (sample, f"--model {HUB} --prompt a --image x.png --adapter '{dsd.MINIATURE}/adapter'"),
     ],
 )
 def test_what_needs_a_gpu_is_refused_before_a_download(
-    module, options, pairs, tmp_path, call, monkeypatch
+    module, options, pairs, tmp_path, refused, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dsd.write_json(
-        tmp_path / "grids.jsonl",
-        [
-            {
-                "file": "000000.png",
-                "prompt": "p",
-                "subject": "s",
-                "family": "subject",
-                "rows": 2,
-                "columns": 2,
-            }
-        ],
-    )
-    more = {curate: ["--grids", tmp_path], finetune: ["--pairs", pairs]}.get(module, [])
-    code, _, err = call(module, *options, *more, "--out", tmp_path / "out")
-    assert code == 2 and re.search("needs? a CUDA GPU", err) and err.strip().count("\n") == 0
+    grid = {"file": "000000.png", "prompt": "p", "subject": "s", "family": "subject"}
+    dsd.write_json(tmp_path / "grids.jsonl", [grid | {"rows": 2, "columns": 2}])
+    inputs = {curate: ["--grids", tmp_path], finetune: ["--pairs", pairs]}
+    line = refused(module, options, *inputs.get(module, []), "--out", tmp_path / "out")
+    assert re.search("needs? a CUDA GPU", line)
     assert {p.name for p in (tmp_path / "out").rglob("*")} <= {".lock", "settings.json"}
 
 
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_card_computes_in_what_it_has_natively(native, dtype, monkeypatch):
-    """A T4 or a V100 emulates bfloat16, which torch counts as support unless it is asked not to."""
-    monkeypatch.setattr(
-        dsd, "PartialState", lambda: types.SimpleNamespace(device=torch.device("cuda"))
-    )
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or native,
-    )
+    """A T4 or a V100 emulates bfloat16, which torch counts as support unless asked not to."""
+
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or native
+
+    cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(dsd, "PartialState", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert dsd.weight_dtype() == dtype
 
 
 @pytest.mark.parametrize(
-    "flag, kind", [("--precision=no", "no"), ("--precision=bf16", "bf16"), ("--compile", "bf16")]
+    "flag, precision",
+    [("--precision no", "no"), ("--precision bf16", "bf16"), ("--compile", "bf16")],
 )
 def test_a_base_in_bfloat16_is_trained_in_either_precision(
-    flag, kind, dev, pairs, tmp_path, call, monkeypatch
+    flag, precision, dev, pairs, tmp_path, run, monkeypatch
 ):
     compiled = []
     monkeypatch.setattr(
         FluxTransformer2DModel, "compile_repeated_blocks", lambda self, **how: compiled.append(how)
     )
     monkeypatch.setattr(dsd, "weight_dtype", lambda: torch.bfloat16)
-    check(
-        *call(
-            finetune,
-            flag,
-            "--model",
-            dev,
-            "--pairs",
-            pairs,
-            "--steps",
-            1,
-            "--batch_size",
-            1,
-            "--out",
-            tmp_path,
-        )
-    )
-    assert dsd.read_json(tmp_path / "settings.json")["precision"] == kind
-    assert compiled == [{"fullgraph": True}] * (flag == "--compile")
+    options = "--steps 1 --batch_size 1", flag, "--model", dev, "--pairs", pairs
+    run(finetune, *options, "--out", tmp_path)
+    assert dsd.read_json(tmp_path / "settings.json")["precision"] == precision
+    assert compiled == ([{"fullgraph": True}] if flag == "--compile" else [])
 
 
 def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, monkeypatch):
     """The adapter is loaded first: it would not find weights that were taken away.
 
-    The same way of loading gives the same bytes. Another way puts the weights elsewhere in memory, where a matrix
-    product may round otherwise: so it is equal to one grey level."""
+    The same way of loading gives the same bytes. Another way puts the weights elsewhere in memory,
+    where a matrix product may round otherwise: so it is equal to one grey level."""
 
     def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
 
+    def pictures(way):
+        pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
+        options = {"image_guidance": 1.5, "text_guidance": 2.0, "unguided_steps": 1}
+        # two pictures, since the parts are put back after each
+        images = [draw(pipe, seeds=[seed], **options)[0] for seed in (0, 1)]
+        assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
+        return images
+
     monkeypatch.setattr(FluxControlPipeline, "enable_sequential_cpu_offload", sequential)
     dsd.save_adapter(student(dev), tmp_path, {})
-    drawn = {}
-    for way in ("none", "model", "sequential", "none"):
-        before = drawn.get(way)
-        pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
-        guided = {"image_guidance": 1.5, "text_guidance": 2.0, "unguided_steps": 1}
-        # two pictures, since the parts are put back after each
-        drawn[way] = [draw(pipe, seeds=[seed], **guided)[0] for seed in (0, 1)]
-        assert before is None or before == drawn[way]
-        assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
-    assert difference(drawn["none"], drawn["model"]) <= 1
-    assert difference(drawn["none"], drawn["sequential"]) <= 1
+    plain = pictures("none")
+    assert pictures("none") == plain
+    assert difference(pictures("model"), plain) <= 1
+    assert difference(pictures("sequential"), plain) <= 1
 
 
 def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(
-    bitsandbytes, dev, pairs, tmp_path, call, monkeypatch
+    bitsandbytes, dev, pairs, tmp_path, run, monkeypatch
 ):
-    """Stopped at a step and started again, the end is the same; then sample.py draws with the quantised base."""
+    """Stopped and started again, the end is the same; sample.py draws with the quantised base."""
 
     def parse_nf4(*args, **more):  # --quantize is refused on a CPU: it is set after that
         options = parse(*args, **more)
@@ -389,106 +267,65 @@ def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(
 
     parse, share = dsd.Parser.parse, finetune.learning_rate_share
     monkeypatch.setattr(dsd.Parser, "parse", parse_nf4)
-    options = [
-        finetune,
-        "--model",
-        dev,
-        "--pairs",
-        pairs,
-        "--rank",
-        64,
-        "--gradient_checkpointing",
-        "--precision",
-        "no",
-        "--batch_size",
-        1,
-        "--steps",
-        4,
-        "--save_every",
-        2,
-    ]
+    options = "--rank 64 --gradient_checkpointing --precision no --batch_size 1 --steps 4"
+    train = finetune, options, "--save_every 2", "--model", dev, "--pairs", pairs, "--out"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    check(*call(*options, "--out", whole))
+    run(*train, whole)
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "learning_rate_share", stop)
-        assert (
-            call(*options, "--out", parts)[0]
-            == "\nstopped; the same command goes on from what is saved"
-        )
+        run(*train, parts, code="\nstopped; the same command goes on from what is saved")
     kept = torch.load(parts / "training_state.pt", weights_only=True)
     moments = kept["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
-    assert (
-        len(kept["log"]) == 2 and moments["state1"].dtype == moments["state2"].dtype == torch.uint8
-    )
-    check(*call(*options, "--out", parts))
+    assert len(kept["log"]) == 2
+    assert moments["state1"].dtype == moments["state2"].dtype == torch.uint8
+    run(*train, parts)
     assert (whole / dsd.ADAPTER_FILE).read_bytes() == (parts / dsd.ADAPTER_FILE).read_bytes()
-    check(
-        *call(
-            sample,
-            "--model",
-            dev,
-            "--adapter",
-            parts,
-            "--prompt",
-            "a fox",
-            "--steps",
-            1,
-            "--image",
-            next((pairs / "images").glob("*.png")),
-            "--out",
-            tmp_path / "samples",
-        )
-    )
-    assert (tmp_path / "samples" / "0000.png").exists()
+    picture, out = pairs / "images" / "000000_0.png", tmp_path / "samples"
+    options = sample, "--prompt 'a fox' --steps 1", "--model", dev, "--adapter", parts
+    run(*options, "--image", picture, "--out", out)
+    assert (out / "0000.png").exists()
 
 
-# ---- what a recipe needs: computed, and measured ---------------------------------------------------------------------
+# ---- what a recipe needs: computed, and measured -------------------------------------------------
 def recipe(*options):
     return computed.Recipe(computed.parse_args([*map(str, options)]))
 
 
 def test_a_training_step_takes_the_computed_memory_on_real_tensors(dev, monkeypatch):
-    """With plain attention, since a CPU's fused one is another: the peak differs by small index tensors only."""
+    """With plain attention, since a CPU's fused one is another: only small index tensors differ."""
     plain = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        computed,
-        "fused_attention",
-        lambda query, key, value, **_: plain(
-            *(tensor.to(torch.bfloat16) for tensor in (query, key, value))
-        ),
-    )
+
+    def attention(query, key, value, **_):
+        return plain(*(tensor.to(torch.bfloat16) for tensor in (query, key, value)))
+
+    monkeypatch.setattr(computed, "fused_attention", attention)
     peaks = {}
     for device in ("meta", "cpu"):
         made = recipe("--model", dev, "--rank", 8, "--panel", 128)
         made.student.to_empty(device=device).train()
+        options = {"autocast": True, "grad": True, "device": device}
         with sdpa_kernel(SDPBackend.MATH):
-            peaks[device] = computed.measure(
-                made.train_step, autocast=True, grad=True, device=device
-            )
+            peaks[device] = computed.measure(made.train_step, **options)
     assert peaks["cpu"].peak == pytest.approx(peaks["meta"].peak, rel=0.01)
     assert peaks["cpu"].operations == peaks["meta"].operations
 
 
 def test_autocast_is_torchs():
-    """The functions that it casts are those that torch casts on a GPU, and no others that FLUX calls."""
+    """The functions that it casts are those that torch casts on a GPU, and no other of FLUX."""
 
-    def cast(name):
+    def is_cast(name):
+        name = {"pow": "pow.Tensor_Scalar"}.get(name, name)
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")
 
-    assert all(
-        cast({"pow": "pow.Tensor_Scalar"}.get(name, name)) for name in computed.Autocast.DTYPES
-    )
-    assert not any(map(cast, ("silu", "gelu", "mul.Tensor", "add.Tensor")))
+    assert all(is_cast(name) for name in computed.Autocast.DTYPES)
+    assert not any(is_cast(name) for name in ("silu", "gelu", "mul.Tensor", "add.Tensor"))
     seen = []
-    computed.measure(
-        lambda: seen.extend(
-            [
-                torch.nn.LayerNorm(8)(torch.ones(4, 8, dtype=torch.bfloat16)),
-                torch.nn.Linear(8, 8)(torch.ones(4, 8)),
-            ]
-        ),
-        autocast=True,
-    )
+
+    def layers():
+        seen.append(torch.nn.LayerNorm(8)(torch.ones(4, 8, dtype=torch.bfloat16)))
+        seen.append(torch.nn.Linear(8, 8)(torch.ones(4, 8)))
+
+    computed.measure(layers, autocast=True)
     assert [tensor.dtype for tensor in seen] == [torch.float32, torch.bfloat16]
 
 
@@ -498,25 +335,24 @@ def test_weights_of_4_bits_are_those_of_linear_layers_but_the_embedder_which_get
     """Real quantised parts on a CPU: which layers, and how many bytes."""
     pipe = dsd.load_pipeline(FluxControlPipeline, dev, "nf4", dtype=torch.bfloat16)
     args = computed.parse_args(["--model", str(dev), "--quantize", "nf4"])
+    t5 = T5EncoderModel.from_pretrained(dev / "text_encoder_2")
     for real, plain in (
         (pipe.transformer, computed.load_transformer(args)),
-        (pipe.text_encoder_2, T5EncoderModel.from_pretrained(dev / "text_encoder_2")),
+        (pipe.text_encoder_2, t5),
     ):
-        small = {
-            f"{name}.weight"
-            for name, m in plain.named_modules()
-            if computed.is_quantised(name, m, args)
-        }
-        kept = {name for name, _ in plain.named_parameters()} - small
-        assert len(small) > 5 and {name: p.dtype for name, p in real.named_parameters()} == {
-            **dict.fromkeys(small, torch.uint8),
-            **dict.fromkeys(kept, torch.bfloat16),
-        }
+        quantised = set()
+        for name, module in plain.named_modules():
+            if computed.is_quantised(name, module, args):
+                quantised.add(f"{name}.weight")
+        assert len(quantised) > 5
+        for name, p in real.named_parameters():
+            assert p.dtype == (torch.uint8 if name in quantised else torch.bfloat16), name
         stored = sum(p.numel() * p.element_size() for p in real.parameters())
-        for state in [p.quant_state for p in real.parameters() if p.dtype == torch.uint8]:
-            stored += (
-                state.absmax.numel() * state.absmax.element_size() + 4 * state.state2.absmax.numel()
-            )
+        for p in real.parameters():
+            if p.dtype == torch.uint8:
+                scales = p.quant_state
+                stored += scales.absmax.numel() * scales.absmax.element_size()
+                stored += scales.state2.absmax.numel() * 4
         assert computed.weight_bytes(plain, args) == pytest.approx(stored, rel=0.01)
 
 
@@ -526,55 +362,35 @@ def test_the_rows_follow_from_the_options(dev):
     def rows(*options):
         return {row["step"].removeprefix("3 finetune.py: "): row for row in recipe(*options).rows()}
 
-    small = (
-        "--model",
-        dev,
-        "--panel",
-        64,
-        "--count",
-        10,
-        "--rank",
-        8,
-        "--memory",
-        5,
-        "--prompt_tokens",
-        64,
-    )
-    plain = rows(*small)
-    assert all(
-        row["fits"] == "yes" and row["peak GB"] >= 3.4
-        for name, row in plain.items()
-        if "curate" not in name
-    )
-    assert plain["2 curate.py"]["fits"] == "NO"  # a VLM of 8 billion
+    small = "--model", dev, "--panel", 64, "--count", 10, "--rank", 8, "--memory", 5
+    plain = rows(*small, "--prompt_tokens", 64)
+    for name, row in plain.items():
+        # a VLM of 8 billion weights does not fit
+        assert row["fits"] == ("NO" if name == "2 curate.py" else "yes") and row["peak GB"] >= 3.4
     assert plain["1 generate_grids.py"]["pictures"] == 10 and plain["encoding"]["pictures"] == 42
     assert plain["training"]["tokens a pass"] == 2 * 4 * 4 + 64
-    hours = [
-        rows(*small, "--count", 10**8, *options)["1 generate_grids.py"]["hours"]
-        for options in ([], ["--agreement", 1])
-    ]
-    assert 1.3 < hours[1] / hours[0] < 5  # small images, but each with a prompt of its own
-    guided = rows(*small, "--image_guidance", 1.5, "--text_guidance", 2)
-    assert (
-        guided["validation"]["tokens a pass"]
-        == guided["4 sample.py"]["tokens a pass"]
-        == 3 * (32 + 64)
+    plain, agreeing = (
+        rows(*small, "--count", 10**8, "--agreement", b)["1 generate_grids.py"] for b in (0, 1)
     )
+    # small images, but each with a prompt of its own
+    assert 1.3 < agreeing["hours"] / plain["hours"] < 5
+    guidance = "--image_guidance", 1.5, "--text_guidance", 2
+    guided = rows(*small, "--prompt_tokens", 64, *guidance)
+    assert guided["validation"]["tokens a pass"] == 3 * (32 + 64)
+    assert guided["4 sample.py"]["tokens a pass"] == 3 * (32 + 64)
     assert rows(*small, "--prompt_tokens", 512)["training"]["tokens a pass"] == 32 + 512
     for folder, words in (("nowhere", "no folder nowhere"), (dev / "vae", "config.json")):
         with pytest.raises(dsd.DsdError, match=f"{words}; leave --model out"):
             rows("--model", folder)
 
 
-def test_the_evening_on_one_card_is_an_evening_and_its_downloads_are_told(monkeypatch, capsys):
+def test_the_evening_on_one_card_is_an_evening_and_its_downloads_are_told(run):
     """FLUX.1-dev's full size. T5 in 4 bits is 4.15 GB, since its `wo` is not quantised."""
     evening = recipe("--recipe", "evening")
     assert evening.weights["transformer"] == pytest.approx(6.2e9, rel=0.02)
     assert evening.lora == pytest.approx(344e6, rel=0.01)
     assert computed.weight_bytes(evening.t5, evening.args) == pytest.approx(4.15e9, rel=0.01)
-    monkeypatch.setattr("sys.argv", ["computed", "--recipe", "evening"])
-    computed.main()
-    out = capsys.readouterr().out
+    out = run(computed, "--recipe evening").out
     hours = float(re.search(r"([\d.]+) hours", out)[1])
     assert 2 < hours < 3 and out.count("| yes |") == 6
     assert "33.7 GB of the model, 16.6 GB of the VLM" in out and "Main memory: 33.7 GB" in out
@@ -591,36 +407,33 @@ def test_the_evening_on_one_card_is_an_evening_and_its_downloads_are_told(monkey
 )
 def test_a_pass_of_flux_takes_the_seconds_that_are_reported(card, pixels, low, high):
     made = recipe("--card", card)
-    run = computed.measure(lambda: made.run(made.teacher, 1, pixels, pixels, 512))
-    assert low / 1.5 < made.seconds(run.operations) < high * 1.5
+    measured = computed.measure(lambda: made.run(made.teacher, 1, pixels, pixels, 512))
+    assert low / 1.5 < made.seconds(measured.operations) < high * 1.5
 
 
-def test_memory_is_the_weights_and_what_runs_were_measured_to_hold_above_them():
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_memory_is_the_weights_and_what_runs_were_measured_to_hold_above_them(quantize):
     """Grids of 1024 pixels: 4.7 GiB, in bfloat16 and in nf4."""
-    for quantize in ("none", "nf4"):
-        made = recipe("--quantize", quantize, "--count", 1)
-        above = made.grids()["peak GB"] * 1e9 - sum(made.weights.values())
-        assert above == pytest.approx(4.7 * 2**30, rel=0.05)
+    made = recipe("--quantize", quantize, "--count", 1)
+    above = made.grids()["peak GB"] * 1e9 - sum(made.weights.values())
+    assert above == pytest.approx(4.7 * 2**30, rel=0.05)
+
+
+TAKEN = {  # script -> the options of a recipe that are meant for it, each with its flag there
+    generate_grids: {"count": "count", "panel": "panel", "grid_steps": "steps"},
+    curate: {"vlm_batch_size": "batch_size"},
+    finetune: {"steps": "steps", "batch_size": "batch_size"},
+}
 
 
 @pytest.mark.parametrize("given", computed.RECIPES.values(), ids=computed.RECIPES)
 def test_a_recipes_options_are_the_scripts(given, dev, monkeypatch):
-    """Each option of a recipe is taken by the script that it is meant for."""
-    taken = {
-        generate_grids: {
-            "count": "count",
-            "panel": "panel",
-            "grid_steps": "steps",
-        },  # an option -> its flag there
-        curate: {"vlm_batch_size": "batch_size"},
-        finetune: {"steps": "steps", "batch_size": "batch_size"},
-    }
-    assert set(given) <= {"card", "memory", "quantize", "vlm_billions"}.union(*taken.values())
-    for script, flags in taken.items():
+    known = {"card", "memory", "quantize", "vlm_billions"}.union(*TAKEN.values())
+    assert set(given) <= known
+    for script, flags in TAKEN.items():
         wanted = {flag: given[option] for option, flag in flags.items() if option in given}
-        argv = [part for flag, value in wanted.items() for part in (f"--{flag}", str(value))]
-        monkeypatch.setattr(
-            "sys.argv",
-            [script.__name__, *argv, *([] if script is curate else ["--model", str(dev)])],
-        )
+        argv = [script.__name__] if script is curate else [script.__name__, "--model", str(dev)]
+        for flag, value in wanted.items():
+            argv += [f"--{flag}", str(value)]
+        monkeypatch.setattr("sys.argv", argv)
         assert wanted.items() <= vars(script.parse_args()).items()
