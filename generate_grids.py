@@ -66,24 +66,19 @@ GRAMMAR = {
     + words("seen from the side, in the rain, next to a stack of books, wrapped in a scarf"),
     "lights": words("in morning light, at sunset, by moonlight, under neon signs, by candle light"),
 }
-LLM_REQUEST = """Invent one clear subject (a character, an animal or an object) that could star in a \
-picture book, and four different settings for it. For inspiration only, some captions of real \
+CAPTIONS = words(
+    "a brown dog asleep on a red sofa, a vintage bicycle leaning on a wall, a chef plating a "
+    "dessert, two kites over a windy beach, a porcelain cup with a painted bird, a fire engine "
+    "outside a station, an elderly violinist on a bridge, a hiking boot on a mossy stone, "
+    "a parrot on a branch"
+)
+LLM_REQUEST = """Invent one clear subject (a character, an animal or an object) that could star in \
+a picture book, and four different settings for it. For inspiration only, some captions of real \
 pictures: {captions}
 Answer with JSON only. The subject has at most 12 words and names no place; each setting has at \
 most 15 words and does not repeat the subject. For example:
 {{"subject": "a clockwork owl with copper wings", "settings": ["on a snowy roof at dawn", \
 "in a flower market", "beside a campfire by night", "on the deck of a ship"]}}"""
-CAPTIONS = [
-    "a brown dog asleep on a red sofa",
-    "a vintage bicycle leaning on a wall",
-    "a chef plating a dessert",
-    "two kites over a windy beach",
-    "a porcelain cup with a painted bird",
-    "a fire engine outside a station",
-    "an elderly violinist on a bridge",
-    "a hiking boot on a mossy stone",
-    "a parrot on a branch",
-]
 ANSWER_TOKENS = 2000  # room for a model that thinks first; others stop long before
 Layout = collections.namedtuple("Layout", "rows columns h w")  # panels of h x w latent pixels
 LINE = "subject | setting | setting | setting | setting"  # of a file with prompts
@@ -158,28 +153,24 @@ def file_prompts(path, grammar):
 
 # ---- prompts by a chat model ---------------------------------------------------------------------
 def load_llm(name, quantize):
-    """A chat model and its tokenizer."""
+    """A chat model, as a pipeline of transformers."""
     dsd.check_here(name)
     with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # one may be missing
-        kind = transformers.AutoModelForCausalLM
-        return dsd.load_language_model(kind, name, quantize), tokenizer
+        model = dsd.load_language_model(transformers.AutoModelForCausalLM, name, quantize)
+        return transformers.pipeline("text-generation", model, tokenizer=tokenizer)
 
 
-def ask_llm(model, tokenizer, seed):
+def ask_llm(chat, seed):
     """The chat model's answer to the request of this seed, which no other answer changes."""
     torch.manual_seed(seed)
     captions = "; ".join(random.Random(seed).sample(CAPTIONS, 3))
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": LLM_REQUEST.format(captions=captions)}],
-        enable_thinking=False,  # templates that know no such choice ignore it
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=True, temperature=1.0)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    request = [{"role": "user", "content": LLM_REQUEST.format(captions=captions)}]
+    how = {"max_new_tokens": ANSWER_TOKENS, "do_sample": True, "temperature": 1.0}
+    plain = {"enable_thinking": False}  # templates that know no such choice ignore it
+    answers = chat(request, return_full_text=False, tokenizer_encode_kwargs=plain, **how)
+    return answers[0]["generated_text"]
 
 
 def parse_llm(answer):
@@ -206,22 +197,20 @@ def invent_subjects(name, count, out, seed=0, quantize="none"):
     """`count` different subjects with four settings each, a list of (subject, settings).
 
     Every request shows a few captions of real pictures: without them a chat model comes back to a
-    handful of favourites (section 3.1). The answers are kept in the folder `out`/subjects, so that
-    an interrupted run asks only what is missing. Several processes share the requests in
-    rounds, so that none waits long for another."""
-    state, model, found, asked = PartialState(), None, {}, 0
+    handful of favourites (section 3.1). The answers are kept in the folder `out`/subjects: a run
+    that was interrupted asks only what is missing. Several processes share the requests in rounds,
+    so that none waits long for another."""
+    state, chat, found, asked = PartialState(), None, {}, 0
     while len(found) < count:
         if asked > 20 + 4 * len(found):
-            raise dsd.DsdError(
-                f"--llm {name}: only {len(found)} of {asked} answers could be used; take a larger "
-                "chat model, or --prompts"
-            )
+            usable = f"only {len(found)} of {asked} answers could be used"
+            raise dsd.DsdError(f"--llm {name}: {usable}; take a larger chat model, or --prompts")
         numbers = range(asked, asked + 8 * state.num_processes)
         files = [out / "subjects" / f"{number:06d}.json" for number in numbers]
         for file in files[state.process_index :: state.num_processes]:
             if not file.exists():
-                model = model or load_llm(name, quantize)
-                answer = ask_llm(*model, seed * 1_000_003 + int(file.stem))
+                chat = chat or load_llm(name, quantize)
+                answer = ask_llm(chat, seed * 1_000_003 + int(file.stem))
                 dsd.write_json(file, {"answer": answer})
         state.wait_for_everyone()
         for file in files:
