@@ -67,7 +67,6 @@ def velocity(x_0, eps):
 
 def sample_sigmas(n, shift, generator):
     """Draw noise levels (n,): sigma = s u / (1 + (s - 1) u) with u uniform and s = `shift`.
-
     (Our choice) These are the levels that a sampler with this shift visits. A large s makes most of
     them high, where colours and layout are decided; logit-normal draws hardly ever go there."""
     u = torch.rand(n, generator=generator)
@@ -76,7 +75,6 @@ def sample_sigmas(n, shift, generator):
 
 def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
     """Flow-matching loss over both frames of a canvas (section 3.3): identity, then edit.
-
     v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns
     three scalars: the weighted mean of the two frames' losses, and the mean squared error of each.
     The paper names no weights. (Our choice: the miniature gives frame 1 a tenth. With more, a model
@@ -159,7 +157,6 @@ def canvas(reference, target=None):
 # ---- the two-frame model -----------------------------------------------------------------------
 def widen(transformer):
     """Give the transformer 64 condition channels beside its 64 noisy ones, in place; returns it.
-
     The new columns are zero, so the output is still exactly the teacher's. The released code adds a
     second embedder instead, x_embedder(noisy) + c_embedder(cond). That sum equals one Linear on the
     concatenated channels [noisy, cond] (B, N, 128), which is diffusers' Control form and needs no
@@ -176,7 +173,6 @@ def widen(transformer):
 
 def add_lora(transformer, rank):
     """Add LoRA to all linear layers in the blocks of a widened transformer, in place; returns it.
-
     The condition columns W_c of the embedder are trained at full rank. They too are written as a
     LoRA, on x_embedder, which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained
     is what is saved, and the file is a standard FLUX Control LoRA. All B are zero at the start, so
@@ -202,7 +198,6 @@ def add_lora(transformer, rank):
 
 def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
     """One forward pass: the velocity (B, N, 64) at noise level sigma (B,).
-
     tokens (B, N, 128); text: T5's embeddings (B, L, D) and CLIP's pooled one (B, P); ids (N, 3);
     guidance_scale: distilled guidance, for models that have it."""
     embeds, pooled = text
@@ -275,7 +270,6 @@ def sample_edit(
     frames=2,
 ):
     """Zero-shot sampling (section 3.3): B images of the references' subjects, as the prompts say.
-
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers,
     one for each image's own generator, so that the batch size changes an image by rounding only;
     the first steps are not guided (released code). Both frames are denoised from noise and the left
@@ -312,7 +306,6 @@ def sample_edit(
 # ---- the adapter file --------------------------------------------------------------------------
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
     """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
-
     facts: what sampling must know, {name: number}: frames, width, height, prompt_tokens and the
     guidance scales. They go into diffusers' own metadata entry, since safetensors writes several
     entries in no fixed order."""
@@ -405,11 +398,9 @@ def weight_dtype():
 def check_here(model):
     """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
     if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
-        raise DsdError(
-            f"no model folder {model}; models from the hub need a CUDA GPU with native bfloat16 "
-            f"(RTX 30 or newer), and torch {torch.__version__} finds none (is the driver as new as "
-            "it needs?). The miniature runs anywhere"
-        )
+        need = "models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or newer)"
+        seen = f"torch {torch.__version__} finds none: is the driver new enough?"
+        raise DsdError(f"no model folder {model}; {need}, and {seen}")
 
 
 def check_model(model, *sides):
@@ -429,17 +420,9 @@ def check_model(model, *sides):
 
 
 def load_pipeline(
-    cls,
-    model,
-    quantize="none",
-    offload="none",
-    adapter=None,
-    prompt_tokens=None,
-    dtype=None,
-    **parts,
+    cls, model, quantize=None, offload=None, adapter=None, prompt_tokens=None, dtype=None, **parts
 ):
     """A FLUX.1 folder or hub name as a pipeline of class `cls` on the device.
-
     quantize, offload, adapter are the options of these names; prompt_tokens: how many the T5 reads,
     if not the model's own limit; transformer=None, for example, leaves that part out."""
     check_model(model)
@@ -455,12 +438,12 @@ def load_pipeline(
     t5.model_max_length = min(t5.model_max_length, prompt_tokens or own)
     if adapter:
         load_adapter(pipe, adapter)  # before offloading takes the weights away
-    if offload == "none":
-        return pipe.to(device)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-    else:
+    elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
     return pipe
 
 
@@ -477,11 +460,11 @@ def nf4_config(dtype, parts):
 
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
-    where = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
+    how = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
     if quantize == "nf4":
-        nf4 = {**NF4, "bnb_4bit_compute_dtype": where["dtype"]}
-        where["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    return cls.from_pretrained(name, use_safetensors=True, **where).eval()
+        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=weight_dtype())
+        how["quantization_config"] = nf4
+    return cls.from_pretrained(name, use_safetensors=True, **how).eval()
 
 
 def warn_of_prompts(pipe, prompts):
@@ -497,8 +480,8 @@ def warn_of_prompts(pipe, prompts):
         if t5.unk_token_id in ids:
             unknown |= {w for w in prompt.split() if t5.unk_token_id in t5(w).input_ids}
     if cut:
-        count = f"{len(cut)} of {len(prompts)} prompts are longer than the {limit - 1} tokens"
-        print(f'warning: {count} that are read; the first loses "{cut[0]}"', file=sys.stderr)
+        count = f"{len(cut)} of {len(prompts)} prompts are longer than {limit - 1} tokens"
+        print(f'warning: {count}; the first loses its end: "{cut[0]}"', file=sys.stderr)
     if unknown:
         words = " ".join(sorted(unknown)[:10])
         print(f"warning: {len(unknown)} words are unknown to this model: {words}", file=sys.stderr)
@@ -584,7 +567,7 @@ def at_least(low, number=int):
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and below 2**31")
         return number(text)
 
-    check.__name__ = {int: "whole number", float: "number"}[number]  # for argparse's message
+    check.__name__ = number.__name__  # argparse says "invalid int value"
     return check
 
 
@@ -606,8 +589,8 @@ def run_main(main):
         known = "out of memory" in str(error) or "can't allocate memory" in str(error)
         if not known and not isinstance(error, MemoryError):
             raise
-        line = "out of memory; take a smaller --batch_size or picture, --quantize nf4, --offload, "
-        line += f"or, in training, --gradient_checkpointing ({error})"
+        ways = "a smaller --batch_size or picture, --gradient_checkpointing, --quantize, --offload"
+        line = f"out of memory; take one of: {ways} ({error})"
     print("\nerror: " + " ".join(line.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -642,15 +625,14 @@ def batches(items, size, name):
 
 def open_out(args, script, changeable, **more):
     """Make the folder --out for one run and lock it. Returns the lock: the caller holds it.
-
     A run is identified by its options, except the `changeable` ones, which may differ from one
     start to the next, and by `more`. They are kept in settings.json: the same run goes on, and
     another one is refused, like a folder in use. Of several processes the main one does this."""
     lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
     run = {"step": script, **vars(args), **more}
-    run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
-    for name in {"model", "vlm", "llm", "adapter"} & run.keys():
+    for name in run.keys() & {"model", "vlm", "llm", "adapter"}:
         run[name] = run[name] and name_of(run[name])
+    run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
     run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
     with PartialState().main_process_first():  # nobody writes before the folder is accepted
         if not is_main_process():
@@ -662,15 +644,14 @@ def open_out(args, script, changeable, **more):
             raise DsdError(f"{args.out} is in use by another process; give another --out") from None
         except OSError as error:  # some file systems have no locks
             raise DsdError(f"cannot lock {lock.lock_file} ({error}); give another --out") from None
-        before = read_json(file)
-        own = (".lock", file.name, f"{file.name}.part")
-        found = [path.name for path in args.out.iterdir() if path.name not in own]
-        if found and before != run:
-            if before:
-                name = [name for name in before | run if before.get(name) != run.get(name)][0]
-                found = [f"its {name} was {str(before.get(name))[:60]}"]
-            what = f"holds another run or other files ({min(found)})"
-            raise DsdError(f"{args.out} {what}; delete it or give another --out")
+        before, own = read_json(file), (".lock", file.name, f"{file.name}.part")
+        found = sorted(path.name for path in args.out.iterdir() if path.name not in own)
+        if before:
+            changed = [name for name in before | run if before.get(name) != run.get(name)]
+            found = found and [f"its {name} was {str(before.get(name))[:60]}" for name in changed]
+        if found:
+            what = f"{args.out} holds another run or other files ({found[0]})"
+            raise DsdError(f"{what}; delete it or give another --out")
         write_json(file, run)
     return lock
 

@@ -176,8 +176,8 @@ def test_what_a_gpu_cannot_do_is_refused_before_all_work(options, words, monkeyp
 
 
 OUT_OF_MEMORY = (
-    "error: out of memory; take a smaller --batch_size or picture, --quantize nf4, --offload, or, "
-    "in training, --gradient_checkpointing"
+    "error: out of memory; take one of: a smaller --batch_size or picture, "
+    "--gradient_checkpointing, --quantize, --offload"
 )
 ERRORS = [  # an error, the exit code, what is said
     (dsd.DsdError("no adapter;\ntrain one"), 2, "error: no adapter; train one"),
