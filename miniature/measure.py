@@ -10,8 +10,6 @@ vlm      verdicts on rendered pairs, asked by curate.py's own code in its own wo
 teacher  the grids that generate_grids.py drew (--grids), read by the judge: is the context as
          asked, do panels show one critter; and is the VLM's verdict on two panels the judge's, and
          a second judge's
-moved    what an adapter keeps of held-out critters that stand in the reference as they are wanted,
-         8 pixels to a side of it, or in a named pose; what is asked for always stands
 seen     which critters the judge finds in the pairs of --pairs; written into --adapter, the folder
          of the adapter that was trained on them (seen.json): the evaluation leaves those out
 """
@@ -25,12 +23,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxControlPipeline
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 import curate
-import evaluate
-import sample
 from miniature import exams, models, pretrain, vlm_data, world
 
 COLOUR, SECOND, POSE = (world.COLUMN[name] for name in ("colour", "second", "pose"))
@@ -156,53 +152,6 @@ def measure_curation(args, panels, pairs, equal):
 
 
 # ---- the student ---------------------------------------------------------------------------------
-def moved_references(count, seed):
-    """{how it stands: references}: `count` held-out critters each, and for each critter a prompt
-    for another scene in which it stands. Returns them, the prompts and the identities."""
-    generator = torch.Generator().manual_seed(seed + 3_000)
-    critters = world.identity_of(world.draw_identities(count, generator, held_out=True))
-    shown, asked = (world.draw_contexts(count, generator) for _ in range(2))
-    scenes = len(world.CONTEXT["scene"])
-    step = torch.randint(1, scenes, (count,), generator=generator)
-    asked[:, world.SCENE] = (shown[:, world.SCENE] + step) % scenes
-    standing = world.draw_poses(count, generator)
-    poses = {"standing": standing}
-    smaller = standing * torch.tensor([1, 1, 0.92, 1])
-    for name, x in {"8 pixels to the left": -0.5, "8 pixels to the right": 0.5}.items():
-        poses[name] = smaller + torch.tensor([x, 0, 0, 0])  # a panel is 2 wide
-    for k, name in list(enumerate(world.POSE_NAMES))[1:]:
-        poses[name] = world.in_pose(standing, torch.full((count,), k))
-    references = {}
-    for name, pose in poses.items():
-        pixels = world.render(critters, shown, pose, models.PANEL)
-        references[name] = [exams.to_image(x) for x in pixels]
-    return references, [world.panel_caption(*row) for row in zip(critters, asked)], critters
-
-
-def measure_moved(args):
-    facts = dsd.adapter_facts(args.adapter)
-    tokens, frames = facts["prompt_tokens"], facts["frames"]
-    how = {"adapter": args.adapter, "prompt_tokens": tokens}
-    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, **how)
-    settings = {"unguided_steps": 2} | dsd.folder_settings(args.model, "sample")
-    options = argparse.Namespace(**settings | facts)
-    references, prompts, critters = moved_references(args.count, args.seed)
-    judge, result = exams.Judge(args.judge), {"critters": args.count}
-    for name, images in references.items():
-        drawn = []
-        for i in tqdm(range(0, args.count, 16), desc=name):
-            part = slice(i, min(i + 16, args.count))
-            seeds = range(part.start, part.stop)
-            drawn += sample.draw_pictures(pipe, images[part], prompts[part], seeds, options, frames)
-        kept = (identity(seen_by(judge, drawn)) == critters).double()  # (count, N_IDENTITY)
-        result[name] = {
-            "cp": evaluate.bootstrap(kept.mean(1).tolist(), list(range(args.count))),
-            "all kept": kept.all(1).double().mean().item(),
-            "main colour": kept[:, COLOUR].mean().item(),
-        }
-    return result
-
-
 def measure_seen(args):
     names = "reference_file_name", "target_file_name"
     records = dsd.read_records(args.pairs / "metadata.jsonl", *names)
@@ -321,7 +270,6 @@ COMMANDS = {
     "judge": measure_judge,
     "vlm": measure_vlm,
     "teacher": measure_teacher,
-    "moved": measure_moved,
     "seen": measure_seen,
 }
 
@@ -334,13 +282,15 @@ def main():
     add("what", choices=COMMANDS)
     for name, text in {
         "vlm": 'the VLM; teacher: "" measures without it',
-        "model": "the teacher's folder",
         "judge": "the judge",
         "witness": "teacher: a second judge",
-        "adapter": "moved, seen: the adapter's folder",
+        "adapter": "seen: the adapter's folder",
     }.items():
-        folder = dsd.MINIATURE / {"model": "flux"}.get(name, name)
-        add(f"--{name}", default=str(folder), help=f"{text} (default: miniature/{folder.name})")
+        add(
+            f"--{name}",
+            default=str(dsd.MINIATURE / name),
+            help=f"{text} (default: miniature/{name})",
+        )
     add("--vae", default=dsd.MINIATURE / "flux" / "vae", help="the VAE (default: the teacher's)")
     add("--through_vae", action="store_true", help="vlm: send the panels through the VAE first")
     add("--grids", type=Path, default=Path("runs/grids"), help="teacher: what it drew")

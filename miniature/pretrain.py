@@ -159,17 +159,6 @@ def note_steps(folder, steps):
     dsd.write_json(folder / "training.json", {"steps": steps})
 
 
-def load_averages(name, module):
-    """Give `module` the averaged weights of its last checkpoint, to export an unfinished run."""
-    state = read_checkpoint(RUNS / name)
-    if not state:
-        raise dsd.DsdError(f"no checkpoint in {RUNS / name}: nothing to export")
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p, average in zip(parameters, state["ema"]["shadow_params"], strict=True):
-        p.data.copy_(average)
-    print(f"{name}: exporting step {state['step']}")
-
-
 def export(save, folder):
     """Let save(part) fill a folder aside and move its files to `folder`: none is ever half a
     file."""
@@ -379,9 +368,6 @@ def pretrain_flux(args):
     teacher = Teacher(pipe, args.device).train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    if args.export:
-        load_averages("flux", teacher)
-        return write_flux(pipe, args)
     kinds = [load_sheets(pipe, layout, int(args.sheets * n), args) for layout, n in LAYOUTS]
     teacher.null = tokenize(pipe, [""], models.PROMPT_TOKENS)
 
@@ -658,7 +644,6 @@ def parse_args():
     precision = "bf16: mixed precision; no: float32 (default: the faster one, measured once)"
     add("--precision", choices=["bf16", "no"], help=precision)
     add("--save_minutes", type=float, default=3.0)
-    add("--export", action="store_true", help="flux: write the last checkpoint's folder, now")
     add("--threads", type=int, help="CPU threads (default: all)")
     add("--minutes", type=float, default=math.inf, help="stop then, and export what there is")
     return parser.parse_args()
@@ -674,16 +659,14 @@ def run(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     torch.manual_seed(args.seed)
-    learns = args.model not in ("references", "all")
-    if learns and not args.export:  # an export may read beside the run that writes
-        out = RUNS / args.model
-        args.precision = precision_of(out, args.precision)
-        decisive = {name: getattr(args, name) for name in DECISIVE}
-        lock = dsd.open_out(argparse.Namespace(out=out, **decisive), "pretrain", changeable=[])
-        train(args)
-        lock.release()
-    else:
-        train(args)
+    if args.model in ("references", "all"):
+        return train(args)
+    out = RUNS / args.model
+    args.precision = precision_of(out, args.precision)
+    decisive = {name: getattr(args, name) for name in DECISIVE}
+    lock = dsd.open_out(argparse.Namespace(out=out, **decisive), "pretrain", changeable=[])
+    train(args)
+    lock.release()
 
 
 def main():
