@@ -119,22 +119,24 @@ def training_flags(args):
     return [*flags, "--compile"] if args.compile else flags
 
 
+def folder_of(name, args):
+    """Where an ablation's adapter, or a rival, is."""
+    return args.out / "ablations" / name.replace(" ", "_").replace(",", "")
+
+
 def train(name, args):
-    """Train an ablation by finetune.py. Returns the option that a row needs: its adapter."""
+    """Train an ablation by finetune.py."""
     which, flags = ABLATIONS[name]
-    folder = args.out / "ablations" / name.replace(" ", "_").replace(",", "")
-    places = "--pairs", pairs_for(which, args), "--out", folder
+    places = "--pairs", pairs_for(which, args), "--out", folder_of(name, args)
     run_script("finetune.py", *places, *training_flags(args), *flags)
-    return {"adapter": folder}
 
 
 def train_rival(kind, args):
-    """Train a rival on the curated pairs. Returns the option that its row needs."""
-    folder = args.out / "ablations" / kind
+    """Train a rival on the curated pairs."""
+    folder = folder_of(kind, args)
     if not (folder / RIVAL_FILE).exists():
         places = "--pairs", args.pairs, "--out", folder
         run_script("miniature.ablations", kind, *places, *training_flags(args))
-    return {"rival": (kind, folder)}
 
 
 def generators(cases):
@@ -247,11 +249,11 @@ def load_rival(kind, transformer, args, folder=None):
     return rival
 
 
-def draw_rival(pipe, cases, args):
-    """Pictures for cases, by the sampler that DSD has; args.rival: (kind, folder)."""
+def draw_rival(pipe, cases, args, kind, folder):
+    """Pictures for cases, by the sampler that DSD has, with the rival in this folder."""
     if not isinstance(pipe.transformer, Rival):
-        pipe.transformer = load_rival(args.rival[0], pipe.transformer, args, args.rival[1])
-        pipe.tokenizer_2.model_max_length = args.prompt_tokens[0]
+        pipe.transformer = load_rival(kind, pipe.transformer, args, folder)
+        pipe.tokenizer_2.model_max_length = evaluate.prompt_tokens(args.model, "panel")
     return dsd.sample_edit(
         pipe,
         dsd.to_pixels([case.image for case in cases]),
@@ -318,16 +320,16 @@ def with_rare_word(text, subject):
     return found if found != text else f"sks {subject}, {text}"
 
 
-def tune(pipe, x, text, args, seed):
+def tune(pipe, x, text, args, seed, steps, learning_rate):
     """Train the LoRA in place. x (1 + P, N, 64) and text, a row each: the reference, then pictures
     of the prior. Half of each batch of 8 is the reference, half the prior."""
     transformer, (embeds, pooled) = pipe.transformer, text
     factor, shift = pipe.vae_scale_factor, dsd.folder_settings(args.model, "finetune")["shift"]
     ids = dsd.position_ids(args.height // factor, args.width // factor).to(x.device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(args.tuning_steps), desc="tune", leave=False):
+    for _ in tqdm(range(steps), desc="tune", leave=False):
         prior = torch.randint(1, len(x), (4,), generator=generator)
         rows = torch.cat([torch.zeros(4, dtype=torch.long), prior]).to(x.device)
         sigma = dsd.sample_sigmas(8, shift, generator).to(x.device)
@@ -341,7 +343,7 @@ def tune(pipe, x, text, args, seed):
         optimizer.zero_grad()
 
 
-def dreambooth(pipe, cases, args, rank=16):
+def dreambooth(pipe, cases, args, steps, learning_rate, rank=16):
     """DreamBooth-LoRA (Ruiz et al. 2023): the teacher is tuned to one reference, called "sks", and
     then asked for it. The prior is the teacher's own pictures of such subjects. `cases` are those
     of one reference."""
@@ -350,14 +352,15 @@ def dreambooth(pipe, cases, args, rank=16):
     prior = evaluate.teacher(pipe, others, args, classes)
     x = dsd.encode(pipe.vae, dsd.to_pixels([case.image, *prior]))  # (1 + P, N, 64)
     prompts = [with_rare_word(case.reference_prompt, case.subject), *classes]
+    limit = evaluate.prompt_tokens(args.model, "panel")
     with torch.no_grad():
-        text = pipe.encode_prompt(prompts, prompts, max_sequence_length=args.prompt_tokens[0])[:2]
+        text = pipe.encode_prompt(prompts, prompts, max_sequence_length=limit)[:2]
     torch.manual_seed(case.seed)  # of the LoRA's first weights
     layers = ["to_q", "to_k", "to_v", "to_out.0"]
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
     try:
         cast_training_params(transformer, torch.float32)
-        tune(pipe, x.to(transformer.dtype), text, args, case.seed)
+        tune(pipe, x.to(transformer.dtype), text, args, case.seed, steps, learning_rate)
         prompts = [with_rare_word(case.prompt, case.subject) for case in cases]
         return evaluate.teacher(pipe, cases, args, prompts)
     finally:
@@ -370,6 +373,12 @@ def student(name, group, draw=evaluate.zero_shot, **more):
     return evaluate.Row(name, group, draw, FluxControlPipeline, **more)
 
 
+def trained(name, args):
+    """What a row needs to draw with an ablation's adapter."""
+    training = functools.partial(train, name, args)
+    return {"options": {"adapter": folder_of(name, args)}, "train": training}
+
+
 def all_rows(args):
     """Every row, in the table's order."""
     *rows, own = evaluate.all_rows(args)
@@ -377,24 +386,23 @@ def all_rows(args):
     rows.append(evaluate.Row(name, "sampling", clean_reference, FluxInpaintPipeline))
     for steps, rate in TUNING.items():  # the cases of one reference are one batch
         name = f"DreamBooth-LoRA, {steps} steps"
-        options = {"tuning_steps": steps, "learning_rate": rate, "batch_size": args.contexts + 1}
-        rows.append(evaluate.Row(name, "tuning", dreambooth, FluxPipeline, options))
+        draw = functools.partial(dreambooth, steps=steps, learning_rate=rate)
+        options = {"batch_size": args.contexts + 1}
+        rows.append(evaluate.Row(name, "tuning", draw, FluxPipeline, options))
     rows.append(own)
     for s_i, s_t in GUIDANCE:
         options = {"image_guidance": s_i, "text_guidance": s_t}
         rows.append(student(f"DSD, guidance {s_i} {s_t}", "guidance", options=options))
     for kind, name in {"ip_adapter": "like IP-Adapter", "controlnet": "like ControlNet"}.items():
-        name, training = (
-            f"{name}, trained on the same pairs",
-            functools.partial(train_rival, kind, args),
-        )
-        rows.append(evaluate.Row(name, "rival", draw_rival, FluxPipeline, train=training))
+        name = f"{name}, trained on the same pairs"
+        draw = functools.partial(draw_rival, kind=kind, folder=folder_of(kind, args))
+        training = functools.partial(train_rival, kind, args)
+        rows.append(evaluate.Row(name, "rival", draw, FluxPipeline, train=training))
     rows.append(student("DSD, frame 1 held", "sampling", held_frame))
     for name in ABLATIONS:
-        training = functools.partial(train, name, args)
-        rows.append(student(f"DSD, {name}", "ablation", train=training))
-    training = functools.partial(train, "only LoRA", args)
-    rows.append(student("DSD, only LoRA, frame 1 held", "ablation", held_frame, train=training))
+        rows.append(student(f"DSD, {name}", "ablation", **trained(name, args)))
+    name = "DSD, only LoRA, frame 1 held"
+    rows.append(student(name, "ablation", held_frame, **trained("only LoRA", args)))
     return rows
 
 
@@ -419,8 +427,7 @@ def main():
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
     add("--ablation_steps", type=dsd.at_least(1), help="of each training; if not given, as usual")
     add("--compile", action="store_true", help="compile in training: a minute, then faster steps")
-    parser.set_defaults(count=75, strengths=STRENGTHS)
-    args = evaluate.parse_args(parser)
+    args = evaluate.parse_args(parser, count=75, strengths=STRENGTHS)
     if args.folder or PartialState().num_processes > 1:
         words = "this table is for the miniature and one process"
         raise dsd.DsdError(f"{words}; evaluate.py takes --folder and several")
