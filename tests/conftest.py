@@ -181,25 +181,6 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module or its main, *args): run it in this process, which saves seconds -> (exit code, out, err)."""
-
-    def call(module, *args):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        capsys.readouterr()
-        code = 0
-        try:
-            dsd.run_main(getattr(module, "main", module))
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
 def refused(run):
     """refused(module, *args): a script must end with code 2 and one line, which is returned."""
 

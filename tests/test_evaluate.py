@@ -1,4 +1,4 @@
-"""evaluate.py and miniature/ablations.py: marks and intervals of hand-made answers, cases, every row, resumption."""
+"""evaluate.py and the ablations: marks of hand-made answers, intervals, cases, rows, resumption."""
 
 import dsd
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, critter, difference, noise_image, run_script, written
+from conftest import critter, difference, noise_image, run_script, written
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -18,49 +18,27 @@ import evaluate
 import finetune
 from miniature import ablations, exams, world
 
-TINY = ["--references", 2, "--prompts", 1, "--steps", 2]
-JUDGE = ROOT / "miniature" / "judge"
+TINY = "--references 2 --prompts 1 --steps 2"
+JUDGE = dsd.MINIATURE / "judge"
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """A VLM that always says the same, at once; the list of what it was asked."""
     asked = []
+
+    def ask(model, processor, cases, questions, batch_size, max_new_tokens):
+        asked.extend(zip(cases, questions, strict=True))
+        return ["image: a critter\nscore: 3"] * len(cases)
+
     monkeypatch.setattr(curate, "load_vlm", lambda name, quantize: (None, None))
-    monkeypatch.setattr(
-        curate,
-        "ask",
-        lambda model, processor, cases, questions, batch_size, max_new_tokens: (
-            asked.extend(zip(cases, questions, strict=True))
-            or ["image: a critter\nscore: 3"] * len(cases)
-        ),
-    )
+    monkeypatch.setattr(curate, "ask", ask)
     return asked
 
 
-@pytest.fixture
-def run(call, asked):
-    """run(out, *args): evaluate.py, or another script, in this process at tiny settings -> what it said."""
-
-    def run(out, *args, code=0, script=evaluate):
-        done, said, err = call(script, *TINY, "--out", out, *args)
-        assert done == code, err[-2000:]
-        assert code != 2 or err.strip().splitlines()[-1].startswith("error: ")
-        return said + err
-
-    return run
-
-
-# ---- marks and intervals ---------------------------------------------------------------------------------------------
-IDENTITY = {
-    "shape": "round",
-    "ears": "horned",
-    "colour": "red",
-    "tone": "vivid",
-    "second": "blue",
-    "pattern": "dots",
-    "eyes": "two",
-}
+# ---- marks and intervals -------------------------------------------------------------------------
+IDENTITY = {"shape": "round", "ears": "horned", "colour": "red", "tone": "vivid"}
+IDENTITY |= {"second": "blue", "pattern": "dots", "eyes": "two"}
 ASKED = {"scene": "in space", "accessory": "with a hat", "light": "at noon"}
 SHOWN = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
 
@@ -74,24 +52,14 @@ SHOWN = {"scene": "on the beach", "accessory": "nothing", "light": "at noon"}
     ],
 )
 def test_marks_of_hand_made_verdicts(seen, cp, all_kept, pf, pf_new):
-    case = exams.Case(
-        0, None, "", "", "", 0, identity=IDENTITY, context=ASKED, shown=SHOWN, move="moved"
-    )
-    marks = exams.marks(case, IDENTITY | seen)
-    wanted = {
-        "cp": cp,
-        "all_kept": all_kept,
-        "pf": pf,
-        "pf_new": pf_new,
-        "cp_pf": cp * pf,
-        "cp_pf_new": cp * pf_new,
-        "cp_pf_moved": cp * pf,
-        "eyes_as_wanted": float("eyes" not in seen),
-        "scene_as_wanted": float(seen["scene"] == "in space"),
-    }
-    assert {name: marks[name] for name in wanted} == pytest.approx(
-        wanted
-    ) and "cp_pf_turned" not in marks
+    facts = {"identity": IDENTITY, "context": ASKED, "shown": SHOWN, "move": "moved"}
+    marks = exams.marks(exams.Case(0, None, "", "", "", 0, **facts), IDENTITY | seen)
+    wanted = {"cp": cp, "all_kept": all_kept, "pf": pf, "pf_new": pf_new}
+    wanted |= {"cp_pf": cp * pf, "cp_pf_new": cp * pf_new, "cp_pf_moved": cp * pf}
+    wanted["eyes_as_wanted"] = float("eyes" not in seen)
+    wanted["scene_as_wanted"] = float(seen["scene"] == "in space")
+    assert {name: marks[name] for name in wanted} == pytest.approx(wanted)
+    assert "cp_pf_turned" not in marks
 
 
 @pytest.mark.parametrize(
@@ -122,38 +90,27 @@ def test_parse_score(answer, score):
 
 def test_bootstrap_interval_of_known_data():
     assert evaluate.bootstrap([0.25] * 12, range(12)) == [0.25] * 3
-    assert evaluate.bootstrap([], []) is evaluate.bootstrap([None], [0]) is None
+    assert evaluate.bootstrap([], []) is None and evaluate.bootstrap([None], [0]) is None
     coins = [k % 2 for k in range(400)]
     mean, low, high = evaluate.bootstrap(coins, range(400))
-    assert [mean, low, high] == pytest.approx(
-        [0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.01
-    )
-    # four equal pictures of each reference tell no more than one: twice the interval of independent ones
-    _, wide_low, wide_high = evaluate.bootstrap(
-        coins, [k // 2 % 100 * 2 + k % 2 for k in range(400)]
-    )
+    wanted = [0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025]
+    assert [mean, low, high] == pytest.approx(wanted, abs=0.01)
+    # two equal pictures of each reference tell no more than one
+    references = [k // 2 % 100 * 2 + k % 2 for k in range(400)]
+    _, wide_low, wide_high = evaluate.bootstrap(coins, references)
     assert wide_high - wide_low == pytest.approx(2**0.5 * (high - low), rel=0.15)
     assert evaluate.bootstrap([1.0, None, 0.0, None], [0, 0, 1, 1])[0] == 0.5
-    assert (
-        evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75
-    )  # of pictures, not of references
+    # the mean is that of pictures, not of references
+    assert evaluate.bootstrap([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])[0] == 0.75
 
 
 def test_summary_averages_each_kind_counts_missing_scores_and_compares_with_dsd_case_by_case():
-    def record(reference, value, kind="subject", **more):
-        return {
-            "reference": reference,
-            "kind": kind,
-            "cp_pf": value,
-            "answers": {"vlm_cp": "score: 3"},
-        } | more
+    def record(reference, value, kind="subject", answer="score: 3", **marks):
+        answers = {"vlm_cp": answer}
+        return {"reference": reference, "kind": kind, "cp_pf": value, "answers": answers, **marks}
 
     ours = [record(0, 1.0), record(0, 0.0, "relight"), record(1, 0.5), record(2, 0.0)]
-    theirs = [
-        record(0, 0.5, answers={"vlm_cp": "?"}),
-        record(0, 1.0, "relight", pose=0.9),
-        record(1, None),
-    ]
+    theirs = [record(0, 0.5, answer="?"), record(0, 1.0, "relight", pose=0.9), record(1, None)]
     summary = evaluate.summarise(theirs, ours)
     assert summary["subject"].items() >= {"dsd_minus": [0.5] * 3, "n": 2, "unscored": 1}.items()
     assert summary["relight"].items() >= {"pose": [0.9] * 3, "unscored": 0}.items()
@@ -162,63 +119,57 @@ def test_summary_averages_each_kind_counts_missing_scores_and_compares_with_dsd_
 
 def test_pose_kept_sees_the_pose_and_not_the_light():
     relit = exams.world_cases([0], 1, 0, 32)[1]
-    dim, moved = Image.eval(relit.truth, lambda v: round(0.5 * v + 20)), Image.new("RGB", (32, 32))
+    moved = Image.new("RGB", (32, 32))
     moved.paste(relit.truth, (9, 6))
-    assert (
-        exams.pose_kept(relit.truth, relit.truth)
-        == 1
-        == pytest.approx(exams.pose_kept(dim, relit.truth), abs=2e-3)
-    )
+    dim = Image.eval(relit.truth, lambda v: round(0.5 * v + 20))
+    inverted = Image.eval(relit.truth, lambda v: 255 - v)
+    assert exams.pose_kept(relit.truth, relit.truth) == 1
+    assert exams.pose_kept(dim, relit.truth) == pytest.approx(1, abs=2e-3)
     assert exams.pose_kept(relit.image, relit.truth) > 0.6 > exams.pose_kept(moved, relit.truth)
-    for other in (
-        Image.eval(relit.truth, lambda v: 255 - v),
-        Image.new("RGB", (32, 32)),
-        noise_image(32, 32),
-    ):
+    for other in (inverted, Image.new("RGB", (32, 32)), noise_image(32, 32)):
         assert exams.pose_kept(other, relit.truth) < 0.3
 
 
 def test_the_judge_takes_the_best_label_of_each_attribute():
-    seen, two = exams.Judge(JUDGE), [critter(10, [0, 0, 0])] * 2
-    first, last = ({name: block[k][1] for name, block in seen.labels.items()} for k in (0, -1))
+    judge, two = exams.Judge(JUDGE), [critter(10, [0, 0, 0])] * 2
+    first = {name: block[0][1] for name, block in judge.labels.items()}
+    last = {name: block[-1][1] for name, block in judge.labels.items()}
     assert set(first) >= {*world.IDENTITY, *world.CONTEXT}
-    logits = torch.zeros(2, len(seen.model.config.id2label))
-    for (
-        name,
-        block,
-    ) in seen.labels.items():  # a large logit of one attribute must not win in another
-        logits[1, block[-1][0]] = 1 + 100 * (name == "colour")
-    assert [set(s) for s in seen(two)] == [set(first)] * 2  # its weights may be float16
-    seen.model = type(
-        "Fixed", (), {"device": "cpu", "__call__": lambda *_, **__: SimpleNamespace(logits=logits)}
-    )()
-    assert seen(two) == [first, last]
+    assert [set(seen) for seen in judge(two)] == [set(first)] * 2  # its weights may be float16
+    logits = torch.zeros(2, len(judge.model.config.id2label))
+    for name, block in judge.labels.items():
+        # a large logit of one attribute must not win in another
+        logits[1, block[-1][0]] = 101 if name == "colour" else 1
+
+    class Model:
+        device = "cpu"
+
+        def __call__(self, **inputs):
+            return SimpleNamespace(logits=logits)
+
+    judge.model = Model()
+    assert judge(two) == [first, last]
 
 
-# ---- cases -----------------------------------------------------------------------------------------------------------
-def test_every_rendered_reference_is_held_out(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        world,
-        "render",
-        lambda identity, context, pose, size: (
-            seen.extend(identity.tolist()) or torch.zeros(len(identity), 3, size, size)
-        ),
-    )
-    cases = exams.world_cases(range(83), 4, 0, 32)
-    assert (
-        len(cases) == 83 * 5
-        and len(seen) == 83 * 6
-        and sum(case.kind == "subject" for case in cases) == 83 * 4
-    )
-    assert world.is_held_out(
-        world.identity_number(torch.tensor([*seen, *map(identity_of, cases)]))
-    ).all()
-
-
+# ---- cases ---------------------------------------------------------------------------------------
 def identity_of(case):
     """A case's identity in numbers."""
     return [values.index(case.identity[name]) for name, values in world.IDENTITY.items()]
+
+
+def test_every_rendered_reference_is_held_out(monkeypatch):
+    seen = []
+
+    def render(identity, context, pose, size):
+        seen.extend(identity.tolist())
+        return torch.zeros(len(identity), 3, size, size)
+
+    monkeypatch.setattr(world, "render", render)
+    cases = exams.world_cases(range(83), 4, 0, 32)
+    assert len(cases) == 83 * 5 and len(seen) == 83 * 6
+    assert sum(case.kind == "subject" for case in cases) == 83 * 4
+    identities = torch.tensor(seen + [identity_of(case) for case in cases])
+    assert world.is_held_out(world.identity_number(identities)).all()
 
 
 def test_cases_ask_for_another_scene_or_another_light_only_in_poses_that_the_prompts_tell():
@@ -229,12 +180,11 @@ def test_cases_ask_for_another_scene_or_another_light_only_in_poses_that_the_pro
         assert same == [True, True, False] if relit else not same[0]
         assert case.sheet_prompt.startswith("2 images representing the same scene") == relit
         assert case.subject in case.prompt and case.subject in case.reference_prompt
-        assert all(
-            value in case.prompt for value in asked.values() if value not in ("nothing", "standing")
-        )
+        told = [value for value in asked.values() if value not in ("nothing", "standing")]
+        assert all(value in case.prompt for value in told)
         for context, prompt in ((asked, case.prompt), (shown, case.reference_prompt)):
-            told = [pose for pose in world.POSE_NAMES[1:] if pose in prompt]
-            assert told == [context["pose"]] * (context["pose"] != "standing")
+            poses = [pose for pose in world.POSE_NAMES[1:] if pose in prompt]
+            assert poses == ([] if context["pose"] == "standing" else [context["pose"]])
         assert asked["pose"] == "standing" or f" {asked['pose']} " in case.sheet_prompt
         assert case.move == "same pose" or not relit
         assert (case.move == "same pose") == (asked["pose"] == shown["pose"])
@@ -247,81 +197,66 @@ def test_cases_ask_for_another_scene_or_another_light_only_in_poses_that_the_pro
 def test_a_case_depends_on_its_number_and_the_seed_and_those_that_training_saw_are_left_out(
     tmp_path, capsys
 ):
-    def told(*args, **more):
-        return [
-            (case.prompt, case.seed, case.truth.tobytes())
-            for case in exams.world_cases(*args, 0, 32, **more)
-        ]
+    def facts(references, prompts, **more):
+        cases = exams.world_cases(references, prompts, 0, 32, **more)
+        return [(case.prompt, case.seed, case.truth.tobytes()) for case in cases]
 
+    assert facts(range(2), 3) == facts(range(3), 3)[:8]  # more references do not change the first
     cases = exams.world_cases(range(3), 1, 0, 32)
+    assert cases[0].prompt != exams.world_cases(range(1), 1, 1, 32)[0].prompt
     number = world.identity_number(torch.tensor([identity_of(cases[2])])).item()
     dsd.write_json(tmp_path / "seen.json", {"identities": [number, 5]})
-    assert told(range(2), 3) == told(range(3), 3)[:8]  # more references do not change the first
-    assert cases[0].prompt != exams.world_cases(range(1), 1, 1, 32)[0].prompt
-    assert told(range(3), 1, seen=exams.seen_identities(tmp_path)) == told([0, 2], 1)
+    assert facts(range(3), 1, seen=exams.seen_identities(tmp_path)) == facts([0, 2], 1)
     assert "reference 1 is left out" in capsys.readouterr().out
-    assert exams.seen_identities(tmp_path / "elsewhere") == set() == exams.seen_identities(None)
+    assert exams.seen_identities(tmp_path / "elsewhere") == set()
+    assert exams.seen_identities(None) == set()
 
 
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch):
-    """A small folder in DreamBench++'s layout: two subjects, two prompts each, and what systems and editors add."""
+    """bench/, a small folder in DreamBench++'s layout: two subjects, and what editors add."""
     monkeypatch.chdir(tmp_path)
     folder = Path("bench")
     for path, subject in (("live_subject/animal/00", "kitten"), ("object/03", "red mug")):
-        for kind in ("images", "captions"):
-            (folder / kind / path).parent.mkdir(parents=True)
-        noise_image(48, 40, len(subject)).save(folder / "images" / f"{path}.jpg")
-        text = f"{subject}\na {subject} on the beach\n\na {subject} in space\n"
-        (folder / "captions" / f"{path}.txt").write_text(
-            text, encoding="utf-8-sig"
-        )  # with a byte-order mark
-    for path in (
-        "object/._03.jpg",
-        "object/.ipynb_checkpoints/03-checkpoint.png",
-        "__MACOSX/object/03.jpg",
-    ):
+        image, text = folder / "images" / f"{path}.jpg", folder / "captions" / f"{path}.txt"
+        image.parent.mkdir(parents=True)
+        text.parent.mkdir(parents=True)
+        noise_image(48, 40, len(subject)).save(image)
+        lines = f"{subject}\na {subject} on the beach\n\na {subject} in space\n"
+        text.write_text(lines, encoding="utf-8-sig")  # with a byte-order mark
+    for path in ("object/._03.jpg", "object/.ipynb_checkpoints/03.png", "__MACOSX/object/03.jpg"):
         (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / "images" / path).write_bytes(b"no picture")
     return folder
 
 
 def test_a_dreambench_folder_with_the_vlm_as_judge(benchmark, run, asked):
-    said, out = run("out", "--folder", benchmark, "--judge", "nowhere", "--prompts", 2), Path("out")
-    summary = dsd.read_json(out / "scores.json")
-    assert list(summary) == [
-        "prompt alone",
-        "reference copied",
-        "SDEdit 0.5",
-        "in-context inpainting",
-        "DSD",
-    ]
-    assert "VLM de-biased" in said and "relit" not in said and "warning" not in said
-    for name, kinds in summary.items():
-        assert [
-            dsd.read_json(out / "rows" / name / f"000{k}.json")["prompt"] for k in range(4)
-        ] == [
-            "a kitten on the beach",
-            "a kitten in space",
-            "a red mug on the beach",
-            "a red mug in space",
-        ]
-        scores = {key: kinds["subject"][key][0] for key in ("vlm_cp", "vlm_cp_pf", "vlm_cp_pf_new")}
-        assert scores == {"vlm_cp": 0.75, "vlm_cp_pf": 0.75**2, "vlm_cp_pf_new": 0.75**2}
-        assert "cp" not in kinds["subject"]
-    assert (
-        len(asked[-1][0]) == 2 and "a red mug in space" in asked[-1][1] and "copies" in asked[-1][1]
-    )
-    assert {len(images) for images, question in asked if question == exams.SUBJECT_CRITERIA} == {2}
+    said = run(evaluate, TINY, "--out out --folder bench --judge nowhere --prompts 2")
+    summary, out = dsd.read_json("out/scores.json"), Path("out")
+    rows = ["prompt alone", "reference copied", "SDEdit 0.5", "in-context inpainting", "DSD"]
+    assert list(summary) == rows
+    assert "VLM de-biased" in said.out and "relit" not in said.out and "warning" not in said.err
+    prompts = ["a kitten on the beach", "a kitten in space"]
+    prompts += ["a red mug on the beach", "a red mug in space"]
+    for name in rows:
+        records = [dsd.read_json(out / "rows" / name / f"000{k}.json") for k in range(4)]
+        assert [record["prompt"] for record in records] == prompts
+        subject = summary[name]["subject"]
+        assert subject["vlm_cp"][0] == 0.75
+        assert subject["vlm_cp_pf"][0] == subject["vlm_cp_pf_new"][0] == 0.75**2
+        assert "cp" not in subject
+    images, question = asked[-1]
+    assert len(images) == 2 and "a red mug in space" in question and "copies" in question
+    shown = [len(images) for images, question in asked if question == exams.SUBJECT_CRITERIA]
+    assert set(shown) == {2}
     noise_image(8, 8).save(benchmark / "images/object/03.png")
-    assert "share the caption" in run(
-        "more", "--folder", benchmark, "--rows", "reference copied", "--references", 5
-    )
+    rows = "--out more --folder bench --rows 'reference copied' --references 5"
+    assert "share the caption" in run(evaluate, TINY, rows).err
     assert len(list(Path("more").rglob("rows/*/*.png"))) == 3
 
 
 @pytest.mark.parametrize(
-    "file, contents, prompts, message",
+    "file, contents, prompts, words",
     [
         ("captions/object/03.txt", b"", 1, "subject's name"),
         ("captions/object/03.txt", b"mug", 1, "at least 1 prompt"),
@@ -332,105 +267,91 @@ def test_a_dreambench_folder_with_the_vlm_as_judge(benchmark, run, asked):
         ("images", None, 1, "no pictures below"),
     ],
 )
-def test_bad_folders_are_answered_in_one_line(benchmark, run, file, contents, prompts, message):
-    shutil.rmtree(benchmark / file) if contents is None else (benchmark / file).write_bytes(
-        contents
-    )
-    assert message in run("out", "--folder", benchmark, "--prompts", prompts, code=2)
+def test_bad_folders_are_answered_in_one_line(benchmark, refused, file, contents, prompts, words):
+    if contents is None:
+        shutil.rmtree(benchmark / file)
+    else:
+        (benchmark / file).write_bytes(contents)
+    options = f"--out out --folder bench --prompts {prompts}"
+    assert words in refused(evaluate, TINY, options)
     assert not Path("out/rows").exists()
 
 
 @pytest.mark.parametrize(
-    "script, flags, message",
+    "script, options, words",
     [
-        (evaluate, ["--rows", "nothing"], "no row or group is called nothing; there are: bounds"),
-        (evaluate, ["--references", 0], "at least 1"),
-        (evaluate, ["--judge", "nowhere"], "no judge at nowhere"),
-        (evaluate, ["--witness", "nowhere"], "no judge at nowhere"),
-        (evaluate, ["--adapter", "nowhere"], "no adapter"),
-        (evaluate, ["--prompts", 90], "reference 0 has"),
-        (evaluate, ["--strengths", 0], "invalid choice"),
-        (evaluate, ["--width", 33], "multiples of"),
-        (
-            ablations,
-            ["--rows", "DSD, LoRA rank 4", "--pairs", "nowhere"],
-            "no nowhere/metadata.jsonl",
-        ),
-        (ablations, ["--folder", "x"], "for the miniature"),
+        (evaluate, "--rows nothing", "no row or group is called nothing; there are: bounds"),
+        (evaluate, "--references 0", "at least 1"),
+        (evaluate, "--judge nowhere", "no judge at nowhere"),
+        (evaluate, "--witness nowhere", "no judge at nowhere"),
+        (evaluate, "--adapter nowhere", "no adapter"),
+        (evaluate, "--prompts 90", "reference 0 has"),
+        (evaluate, "--strengths 0", "invalid choice"),
+        (evaluate, "--width 33", "multiples of"),
+        (ablations, "--rows 'DSD, LoRA rank 4' --pairs nowhere", "no nowhere/metadata.jsonl"),
+        (ablations, "--folder x", "for the miniature"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(tmp_path, run, script, flags, message):
-    assert message in run(tmp_path / "out", *flags, code=2, script=script)
-    assert not (tmp_path / "out" / "rows").exists()
+def test_mistakes_are_answered_in_one_line(tmp_path, refused, asked, script, options, words):
+    assert words in refused(script, TINY, "--out", tmp_path, options)
+    assert not (tmp_path / "rows").exists()
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 def test_quick_run_as_a_user_starts_it(tmp_path):
-    out, _ = run_script("evaluate.py", *TINY, "--references", 1, "--witness", JUDGE, cwd=tmp_path)
+    options = TINY, "--references 1 --witness", JUDGE
+    out, _ = run_script("evaluate.py", *options, cwd=tmp_path)
     folder = tmp_path / "runs" / "evaluate"
     summary, table = dsd.read_json(folder / "scores.json"), (folder / "table.md").read_text()
-    names = [
-        "prompt alone",
-        "reference copied",
-        "true rendering",
-        "SDEdit 0.5",
-        "in-context inpainting",
-        "DSD",
-    ]
+    names = ["prompt alone", "reference copied", "true rendering", "SDEdit 0.5"]
+    names += ["in-context inpainting", "DSD"]
     assert list(summary) == names and table.strip() in out and "DSD minus this row" in table
     for name in names:
-        subject, relight = (
-            dsd.read_json(folder / "rows" / name / f"000{k}.json") for k in range(2)
-        )
+        row = folder / "rows" / name
+        subject, relight = dsd.read_json(row / "0000.json"), dsd.read_json(row / "0001.json")
         assert f"| {name} | 1 |" in table and "pose" in relight and "pose" not in subject
-        assert all(
-            0 <= record[key] <= 1
-            for record in (subject, relight)
-            for key in ("cp", "pf", "cp_pf", "pf_new")
-        )
-        assert (
-            subject["judges_agree"] == 1 and subject["witness_cp"] == subject["cp"]
-        )  # it is the judge once more
-        assert Image.open(folder / "rows" / name / "0001.png").size == (32, 32)
-    assert (
-        summary["true rendering"]["relight"]["pose"]
-        == summary["true rendering"]["subject"]["pf"]
-        == [1.0] * 3
-    )
+        for mark in ("cp", "pf", "cp_pf", "pf_new"):
+            assert 0 <= subject[mark] <= 1 and 0 <= relight[mark] <= 1
+        # the witness is the judge once more
+        assert subject["judges_agree"] == 1 and subject["witness_cp"] == subject["cp"]
+        assert Image.open(row / "0001.png").size == (32, 32)
+    truth = summary["true rendering"]
+    assert truth["relight"]["pose"] == truth["subject"]["pf"] == [1.0] * 3
     assert summary["DSD"]["subject"]["dsd_minus"] == [0.0] * 3
-    assert (
-        Image.open(folder / "scatter.png").width > 300
-        and Image.open(folder / "contact_sheet.png").height > 7 * 128
-    )
+    assert Image.open(folder / "scatter.png").width > 300
+    assert Image.open(folder / "contact_sheet.png").height > 7 * 128
 
 
 def test_started_again_it_makes_what_is_missing_and_nothing_twice(
-    tmp_path, run, asked, monkeypatch
+    tmp_path, run, refused, asked, monkeypatch
 ):
     drawn, teacher, rows = [], evaluate.teacher, tmp_path / "rows"
-    monkeypatch.setattr(
-        evaluate,
-        "teacher",
-        lambda *args, **more: drawn.append(len(args[1])) or teacher(*args, **more),
-    )
-    run(tmp_path, "--rows", "zero-shot")
-    whole, begun = written(rows), (sum(drawn), len(asked))
-    for lost, more in (
-        ([], (0, 0)),
-        (["0002.json"], (0, 8)),
-        (["0002.json", "0002.png"], (4, 8)),
-    ):  # a batch of four
+
+    def counted_teacher(pipe, cases, *args, **more):
+        drawn.extend(cases)
+        return teacher(pipe, cases, *args, **more)
+
+    monkeypatch.setattr(evaluate, "teacher", counted_teacher)
+    command = evaluate, TINY, "--rows zero-shot", "--out", tmp_path
+    run(*command)
+    whole = written(rows)
+    for lost, pictures, questions in (
+        ([], 0, 0),
+        (["0002.json"], 0, 8),
+        (["0002.json", "0002.png"], 4, 8),  # a batch of four
+    ):
         for name in lost:
             (rows / "SDEdit 0.5" / name).unlink()
-        run(tmp_path, "--rows", "zero-shot")
-        begun = begun[0] + more[0], begun[1] + more[1]
-        assert written(rows) == whole and (sum(drawn), len(asked)) == begun
-    run(tmp_path, "--rows", "zero-shot", "--references", 3)
+        drawn.clear()
+        asked.clear()
+        run(*command)
+        assert written(rows) == whole and (len(drawn), len(asked)) == (pictures, questions)
+    run(*command, "--references 3")
     assert written(rows).items() >= whole.items()  # the first cases are the same
-    assert "holds another run" in run(tmp_path, "--rows", "zero-shot", "--seed", 1, code=2)
+    assert "holds another run" in refused(*command, "--seed 1")
 
 
-# ---- the long table --------------------------------------------------------------------------------------------------
+# ---- the long table ------------------------------------------------------------------------------
 def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
     settings = {"width": 32, "height": 32, "steps": 2, "guidance_scale": 1.0, "model": flux}
     args = argparse.Namespace(**settings)
@@ -441,92 +362,68 @@ def test_dreambooth_learns_the_reference_and_leaves_the_teacher_as_it_was(flux):
     assert difference(tuned, again) == difference(before, after) == 0 < difference(tuned, untuned)
 
 
-def test_every_row_of_the_long_table(tmp_path, run, asked, call, pairs, monkeypatch):
+def test_every_row_of_the_long_table(tmp_path, run, asked, pairs, monkeypatch):
     """Drawn at tiny settings; finetune.py itself trains the ablations."""
-    trained, tuned, tune = [], [], ablations.tune
+    trained, tuned, tune, out = [], [], ablations.tune, tmp_path / "out"
 
-    def train(script, *flags):
-        trained.append(Path(flags[flags.index("--out") + 1]).name)
-        assert call(finetune, *flags, "--rank", 2, "--batch_size", 2)[0] == 0
+    def train(script, *options):
+        trained.append(Path(options[options.index("--out") + 1]).name)
+        run(finetune, *options, "--rank 2 --batch_size 2")
+
+    def counted_tune(pipe, x, text, args, seed, steps, learning_rate):
+        tuned.append(steps)
+        return tune(pipe, x, text, args, seed, steps, learning_rate)
 
     monkeypatch.setattr(ablations, "run_script", train)
-    monkeypatch.setattr(ablations, "tune", lambda *args: tuned.append(args[5]) or tune(*args))
+    monkeypatch.setattr(ablations, "tune", counted_tune)
+    monkeypatch.setattr(ablations, "TUNING", {2: 1e-3})
+    monkeypatch.setattr(ablations, "GUIDANCE", [(1.0, 1.0)])
     few = {name: ablations.ABLATIONS[name] for name in ("single frame", "only LoRA")}
-    for name, value in {
-        "TUNING": {2: 1e-3},
-        "GUIDANCE": [(1.0, 1.0)],
-        "ABLATIONS": few,
-    }.items():
-        monkeypatch.setattr(ablations, name, value)
-    flags = [
-        "--pairs",
-        pairs,
-        "--ablation_steps",
-        1,
-        "--references",
-        1,
-        "--unguided_steps",
-        0,
-        "--rows",
-        "tuning",
-        "DSD",
-        "guidance",
-        "sampling",
-        "ablation",
-    ]
-    said, out = run(tmp_path / "out", *flags, script=ablations), tmp_path / "out"
-    rows = [
-        "in-context, clean reference",
-        "DreamBooth-LoRA, 2 steps",
-        "DSD",
-        "DSD, guidance 1.0 1.0",
-        "DSD, frame 1 held",
-        "DSD, single frame",
-        "DSD, only LoRA",
-        "DSD, only LoRA, frame 1 held",
-    ]
+    monkeypatch.setattr(ablations, "ABLATIONS", few)
+    options = "--ablation_steps 1 --references 1 --unguided_steps 0 --rows tuning DSD guidance"
+    command = ablations, TINY, options, "sampling ablation --pairs", pairs, "--out", out
+    said = run(*command).out
+    rows = ["in-context, clean reference", "DreamBooth-LoRA, 2 steps", "DSD"]
+    rows += ["DSD, guidance 1.0 1.0", "DSD, frame 1 held", "DSD, single frame"]
+    rows += ["DSD, only LoRA", "DSD, only LoRA, frame 1 held"]
     assert all(f"| {name} | 1 |" in said for name in rows)
     assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
-    assert tuned == [2]
+    assert tuned == [2] and set(trained) == {"single_frame", "only_LoRA"}
     assert dsd.adapter_facts(out / "ablations" / "single_frame")["frames"] == 1
-    assert set(trained) == {"single_frame", "only_LoRA"}
-    asked.clear(), trained.clear()
-    run(out, *flags, script=ablations)
+    asked.clear()
+    trained.clear()
+    run(*command)
     assert not asked and not trained
 
 
 def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
-    args = argparse.Namespace(
-        pairs=pairs, grids="grids", vlm="vlm", out=tmp_path, seed=0, device="cpu"
-    )
+    folders = {"pairs": pairs, "grids": "grids", "vlm": "vlm", "out": tmp_path}
+    args = argparse.Namespace(seed=0, device="cpu", **folders)
     whole = dsd.read_records(pairs / "metadata.jsonl")
 
-    def curated(script, *flags):
-        assert script == "curate.py" and flags[flags.index("--tolerance") + 1] == 99
-        dsd.write_json(flags[flags.index("--out") + 1] / "metadata.jsonl", whole * 3)
+    def curated(script, *options):
+        assert script == "curate.py" and options[options.index("--tolerance") + 1] == 99
+        dsd.write_json(options[options.index("--out") + 1] / "metadata.jsonl", whole * 3)
 
     monkeypatch.setattr(ablations, "run_script", curated)
-    for which, count in {
-        "curated": 8,
-        "half": 4,
-        "quarter": 2,
-        "as many": 8,
-        "uncurated": 24,
-    }.items():
+    counts = {"curated": 8, "half": 4, "quarter": 2, "as many": 8, "uncurated": 24}
+    for which, count in counts.items():
         folder = ablations.pairs_for(which, args)
         records = dsd.read_records(folder / "metadata.jsonl")
-        assert len(records) == count and (
-            which == "as many" or records[1]["prompt"] == whole[1]["prompt"]
-        )
+        assert len(records) == count
+        if which != "as many":
+            assert records[1]["prompt"] == whole[1]["prompt"]
         if which in ("half", "quarter"):
-            assert (folder / records[0]["target_file_name"]).samefile(
-                pairs / whole[0]["target_file_name"]
-            )
-    told = [
-        {**whole[0], "prompt": f"a critter {pose} in space".replace("  ", " ")}
-        for pose in world.POSES
-    ]
-    args.pairs = tmp_path / "posed"
-    dsd.write_json(args.pairs / "metadata.jsonl", told)
+            picture = folder / records[0]["target_file_name"]
+            assert picture.samefile(pairs / whole[0]["target_file_name"])
+
+
+def test_pairs_without_poses_name_none(pairs, tmp_path):
+    prompts = [" ".join(f"a critter {pose} in space".split()) for pose in world.POSES]
+    (record, *_) = dsd.read_records(pairs / "metadata.jsonl")
+    dsd.write_json(
+        tmp_path / "posed" / "metadata.jsonl", [record | {"prompt": text} for text in prompts]
+    )
+    args = argparse.Namespace(pairs=tmp_path / "posed", out=tmp_path, seed=0, device="cpu")
     records = dsd.read_records(ablations.pairs_for("no poses", args) / "metadata.jsonl")
     assert [record["prompt"] for record in records] == ["a critter in space"] * len(world.POSES)
