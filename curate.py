@@ -106,9 +106,8 @@ STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
 TRUNCATED = "[truncated]"
 VERDICTS = {"yes", "no", "unparsable", "truncated", "blank", "copies"}
 NUMBER = r"(?:(?:step )?\d[.):] *)?"  # "1. " or "Step 1: "
-NAME = (
-    r"(subject|image 1|image 2|compare|comparison|verdict) *(?:\([^)\n]*\) *)?"  # "Image 1 (left)"
-)
+# "Image 1" or "Image 1 (left)"
+NAME = r"(subject|image 1|image 2|compare|comparison|verdict) *(?:\([^)\n]*\) *)?"
 
 
 def split_steps(text):

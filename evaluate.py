@@ -143,22 +143,19 @@ def zero_shot(pipe, cases, args):
     return sample.draw_pictures(pipe, images, prompts, seeds, args, facts["frames"])
 
 
-def show_reference(pipe, cases, args):
-    return [case.image for case in cases]
-
-
-def show_truth(pipe, cases, args):
-    return [case.truth for case in cases]
+def held_by_cases(name):
+    """A way to draw without a model: the cases hold the picture."""
+    return lambda pipe, cases, args: [getattr(case, name) for case in cases]
 
 
 def all_rows(args):
     """The rows of this script, in the table's order."""
     rows = [  # the first is a floor: the teacher never sees the reference
         Row("prompt alone", "bounds", teacher, FluxPipeline),
-        Row("reference copied", "bounds", show_reference),
+        Row("reference copied", "bounds", held_by_cases("image")),
     ]
     if not args.folder:
-        rows.append(Row("true rendering", "bounds", show_truth))
+        rows.append(Row("true rendering", "bounds", held_by_cases("truth")))
     for strength in args.strengths:
         draw = functools.partial(sdedit, strength=strength)
         rows.append(Row(f"SDEdit {strength}", "zero-shot", draw, FluxImg2ImgPipeline))
@@ -168,19 +165,12 @@ def all_rows(args):
 
 
 # ---- drawing and scoring -------------------------------------------------------------------------
-@dataclasses.dataclass
-class Scorers:
-    """Who gives scores: one or two judges, if the truth is known, and a VLM with its processor."""
-
-    judge: exams.Judge | None
-    witness: exams.Judge | None
-    vlm: tuple
-
-
 def load_scorers(args):
+    """score(cases, images) -> records, by one or two judges, if the truth is known, and a VLM."""
     judge = None if args.folder else exams.Judge(args.judge)
     witness = exams.Judge(args.witness) if args.witness and not args.folder else None
-    return Scorers(judge, witness, curate.load_vlm(args.vlm, args.quantize))
+    vlm = curate.load_vlm(args.vlm, args.quantize)
+    return functools.partial(exams.score, judge, witness, vlm)
 
 
 def load(row, args):
@@ -196,26 +186,25 @@ def load(row, args):
     return dsd.load_pipeline(row.pipeline, args.model, *how)
 
 
-def run_row(row, cases, scorers, args):
+def run_row(row, cases, score, args):
     """Draw and score what is missing of a row, and return its records, one for each case.
 
     Several processes share the batches."""
     args = argparse.Namespace(**vars(args) | row.options)
     pictures = [args.out / "rows" / row.name / f"{k:04d}.png" for k in range(len(cases))]
-    pipe, loaded = None, False
+    pipe = None
     for batch in dsd.batches(list(zip(cases, pictures)), args.batch_size, row.name):
-        cases_now, files = [case for case, _ in batch], [file for _, file in batch]
+        members, files = [case for case, _ in batch], [file for _, file in batch]
         if all(file.with_suffix(".json").exists() for file in files):
             continue
         if not all(file.exists() for file in files):
-            if not loaded:
-                pipe, loaded = load(row, args), True
-            for image, file in zip(row.draw(pipe, cases_now, args), files):
+            if pipe is None:
+                pipe = load(row, args)
+            for image, file in zip(row.draw(pipe, members, args), files):
                 if not file.exists():  # with more --references a batch may begin with old pictures
                     dsd.save_image(image, file)
         images = [dsd.open_image(file) for file in files]
-        given = exams.score(scorers.judge, scorers.witness, scorers.vlm, cases_now, images)
-        for case, file, scores in zip(cases_now, files, given):
+        for case, file, scores in zip(members, files, score(members, images)):
             about = {"reference": case.reference, "kind": case.kind, "prompt": case.prompt}
             dsd.write_json(file.with_suffix(".json"), about | scores)
     return [dsd.read_json(file.with_suffix(".json")) for file in pictures]
@@ -223,11 +212,9 @@ def run_row(row, cases, scorers, args):
 
 # ---- means and intervals -------------------------------------------------------------------------
 def bootstrap(values, references, resamples=2000):
-    """[mean, low, high]: the mean of the values that are not None and its 95 % bootstrap interval;
-    None without values.
+    """[mean, low, high] with a 95 % interval, of the values that are not None; None without values.
 
-    References are resampled, not pictures, since the pictures of one reference are not
-    independent."""
+    References are resampled, not pictures: the pictures of one reference are not independent."""
     groups = {}  # reference -> its values
     for reference, value in zip(references, values):
         if value is not None:
@@ -360,8 +347,8 @@ def report(records, cases, args):
 
 # ---- command line --------------------------------------------------------------------------------
 def parse_args(parser, **defaults):
-    """Add this script's options to a parser and parse; the model's folder, the adapter and the
-    caller bring defaults."""
+    """Add this script's options to a parser and parse. `defaults` are a caller's; the model's
+    folder and the adapter bring more."""
     add, count = parser.add_argument, dsd.at_least(1)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
@@ -374,13 +361,12 @@ def parse_args(parser, **defaults):
     add("--folder", type=Path, help="DreamBench++'s layout, in place of the miniature's cases")
     about = "how many; if not given, 16 or the whole folder"
     add("--references", dest="count", type=count, help=about)
-    about = "new contexts for each reference, beside one in another light; of a --folder its first "
-    about += "so many prompts, or all"
+    about = "how many for each reference, beside another light; if not given, 4 or all of a folder"
     contexts = None if parser.peek("folder") else 4
     add("--prompts", dest="contexts", type=count, default=contexts, help=about)
-    how = {"type": float, "nargs": "+", "metavar": "S", "default": [0.5]}
-    tenths = [k / 10 for k in range(1, 11)]
-    add("--strengths", choices=tenths, help="of SDEdit: 0.1, 0.2, ..., 1.0", **how)
+    tenths = {"type": float, "choices": [k / 10 for k in range(1, 11)], "metavar": "S"}
+    about = "of SDEdit: 0.1, 0.2, ..., 1.0"
+    add("--strengths", nargs="+", default=[0.5], help=about, **tenths)
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
     sample.add_drawing_options(parser)
     model, adapter = parser.peek("model"), parser.peek("adapter")
@@ -388,9 +374,8 @@ def parse_args(parser, **defaults):
     if not adapter and shipped:
         adapter = Path(model) / shipped
     facts = dsd.adapter_facts(adapter) if adapter else {}
-    for name in ("width", "height", "image_guidance", "text_guidance"):
-        if name in facts:
-            defaults[name] = facts[name]
+    own = {"width", "height", "image_guidance", "text_guidance"} & facts.keys()
+    defaults |= {name: facts[name] for name in own}
     return parser.parse("sample", adapter=adapter, **defaults)
 
 
@@ -398,9 +383,9 @@ def choose_rows(rows, args):
     """The rows that --rows asks for."""
     known = {row.name.lower() for row in rows} | {row.group.lower() for row in rows}
     wanted = {name.lower() for name in args.rows or known}
-    for name in sorted(wanted - known):
-        listed = ", ".join(sorted(known))
-        raise dsd.DsdError(f"no row or group is called {name}; there are: {listed}")
+    if wanted - known:
+        unknown, listed = min(wanted - known), ", ".join(sorted(known))
+        raise dsd.DsdError(f"no row or group is called {unknown}; there are: {listed}")
     chosen = [row for row in rows if {row.name.lower(), row.group.lower()} & wanted]
     if not args.adapter and any(row.pipeline is FluxControlPipeline for row in chosen):
         raise dsd.DsdError("this model ships no adapter; give --adapter FOLDER")
@@ -418,11 +403,9 @@ def all_cases(args):
 def weights_digest(args):
     """Of all weights of the miniature; a large model is known by its name alone."""
     files = []
-    for folder in (args.model, args.vlm, args.judge, args.witness):
-        for file in Path(folder).rglob("*.safetensors") if folder else []:
-            if file.stat().st_size < 2**28:
-                files.append(file)
-    return dsd.digest(*sorted(files))
+    for folder in filter(None, (args.model, args.vlm, args.judge, args.witness)):
+        files += Path(folder).rglob("*.safetensors")
+    return dsd.digest(*[file for file in sorted(files) if file.stat().st_size < 2**28])
 
 
 def evaluate(rows, args, **more):
@@ -444,10 +427,10 @@ def evaluate(rows, args, **more):
         prompt_tokens=[prompt_tokens(args.model, kind) for kind in ("panel", "sheet")],
         **more,
     )
-    scorers, records = load_scorers(args), {}
+    score, records = load_scorers(args), {}
     for row in rows:
         new = not (args.out / "rows" / row.name).exists()
-        records[row.name] = run_row(row, cases, scorers, args)
+        records[row.name] = run_row(row, cases, score, args)
         if dsd.is_main_process() and (new or row is rows[-1]):
             report(records, cases, args)
     lock.release()
