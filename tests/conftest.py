@@ -15,10 +15,11 @@ import dsd
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import FluxControlPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxControlPipeline, FluxTransformer2DModel
 from PIL import Image
-from random_models import SMALL
+from random_models import TRANSFORMER, make_flux
 
 import curate
 from miniature import world
@@ -45,6 +46,29 @@ def vlm():
     return dsd.MINIATURE / "vlm"
 
 
+@pytest.fixture(scope="session")
+def dev(tmp_path_factory):
+    """A small model of FLUX.1-dev's classes and settings."""
+    return make_flux(tmp_path_factory.mktemp("dev") / "FLUX.1-dev")
+
+
+@pytest.fixture(scope="session")
+def schnell(tmp_path_factory):
+    return make_flux(tmp_path_factory.mktemp("schnell") / "FLUX.1-schnell", guidance_embeds=False)
+
+
+@pytest.fixture
+def offloading(monkeypatch):
+    """Let --offload sequential work on a CPU: diffusers' own would ask for a device named cpu:0."""
+
+    def sequential(pipe, device):
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", sequential)
+
+
 @pytest.fixture
 def pipe(flux):
     """The miniature, fresh for each test, since adapters change it."""
@@ -54,7 +78,7 @@ def pipe(flux):
 def random_transformer(seed=0, guidance_embeds=False, heads=2):
     """A transformer of random weights that fits the miniature's text encoders, not widened."""
     torch.manual_seed(seed)
-    size = SMALL["transformer"] | {"num_attention_heads": heads, "joint_attention_dim": 128}
+    size = TRANSFORMER | {"num_attention_heads": heads, "joint_attention_dim": 128}
     return FluxTransformer2DModel(guidance_embeds=guidance_embeds, **size)
 
 

@@ -1,5 +1,5 @@
-"""Answers as public vision-language models of different families write them, complete and incomplete, and what
-curate.parse makes of them. The texts are our own; what is real about them is their form."""
+"""What curate.py makes of answers as public vision-language models of several families write them,
+and of the grids it is given. The texts are our own; what is real about them is their form."""
 
 import dsd
 
@@ -13,99 +13,104 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from transformers import BatchFeature
 
-import curate  # first of all: it imports dsd
+import curate
 
 FOX = ["subject: fox", "image 1: red", "image 2: red", "compare: same", "verdict: yes"]
+
+
+def fox(*order):
+    """An answer with these of the five steps, in this order."""
+    return "\n".join(FOX[k] for k in order)
+
+
+WHOLE = fox(0, 1, 2, 3, 4)
 YES = {  # who writes so: an answer of this form
-    "our question": "subject: fox\nimage 1: red\nimage 2: red\ncompare: fur same, eyes same\nverdict: yes",
-    "LLaVA-NeXT": "Subject: A fox.\n\nImage 1: It sits on a beach. It has white paws.\n\nImage 2: The fox is in snow."
-    "\nIts paws are white.\n\nCompare: Ears and paws are the same.\n\nVerdict: Yes.",
-    "Qwen2.5-VL": "**Subject:** Teapot\n\n**Image 1:** Green, a chipped lid.\n**Image 2:** Green, a chipped lid.\n\n"
+    "our question": WHOLE,
+    "LLaVA-NeXT": "Subject: A fox.\n\nImage 1: It sits on a beach. It has paws.\n\nImage 2: The "
+    "fox is in snow.\nIts paws are white.\n\nCompare: Ears, paws are the same.\n\nVerdict: Yes.",
+    "Qwen2.5-VL": "**Subject:** Teapot\n\n**Image 1:** A cut lid.\n**Image 2:** A cut lid.\n\n"
     "**Compare:**\n- Body: Same\n- Lid: Same\n\n**Verdict:** Yes",
-    "Qwen3-VL": "`subject`: owl\n`image 1`: brown\n`image 2`: brown\n`compare`: same eyes\n`verdict`: yes",
-    "InternVL, headings": "### Subject\nA toy car\n\n### Image 1\nA yellow car\n\n### Image 2\nA yellow car\n\n"
+    "Qwen3-VL": "`subject`: owl\n`image 1`: grey\n`image 2`: grey\n`compare`: same\n`verdict`: yes",
+    "InternVL, headings": "### Subject\nA toy car\n\n### Image 1\nYellow\n\n### Image 2\nYellow\n\n"
     "### Compare\nWheels: same\nRoof: same\n\n### Verdict\nYes",
-    "Gemma 3": "Okay, let's look at both images.\n\n*   **subject:** A lantern\n*   **image 1:** Brass\n"
-    "*   **image 2:** Brass\n*   **compare:**\n    *   **Handle:** Same\n    *   **Glass:** Same\n\n"
+    "Gemma 3": "Okay, let's look at both.\n\n*   **subject:** Lamp\n*   **image 1:** Brass\n"
+    "*   **image 2:** Brass\n*   **compare:**\n    *   **Handle:** Same\n    *   **Top:** Same\n\n"
     "*   **verdict:** yes",
-    "Idefics": "Subject: fox. Image 1: red fox. Image 2: red fox. Compare: fur same, tail same. Verdict: yes.",
-    "SmolVLM": "subject: fox, image 1: red, image 2: red, compare: same, verdict: yes\n\nI hope this helps.",
-    "DeepSeek-VL": "Subject: owl\nImage 1 (left): grey\nImage 2 (right): grey\nCompare: ears, eyes: same\nVerdict: yes",
+    "Idefics": "Subject: fox. Image 1: red. Image 2: red. Compare: fur, tail: same. Verdict: yes.",
+    "SmolVLM": WHOLE.replace("\n", ", ") + "\n\nI hope this helps.",
+    "DeepSeek-VL": "Subject: owl\nImage 1 (left): grey\nImage 2 (right): grey\nCompare: eyes: same"
+    "\nVerdict: yes",
     "Llama 3.2 Vision": "**Subject**: turtle\n**Image 1** (left): old\n**Image 2** (right): old\n"
     "**Compare**: shell: same\n**Verdict: Yes**",
-    "Molmo": "subject: fox\nimage 1: red\nimage 2: red\ncompare: same\nverdict: Yes, no differences were found.",
-    "GPT, a code fence": "```text\nsubject: fox\nimage 1: red\nimage 2: red\ncompare: same, same\nverdict: yes\n```",
-    "Claude": "> **Subject:** fox\n> **Image 1:** red\n> **Image 2:** red\n> **Compare:** same\n> **Verdict:** yes",
-    "Kosmos": "__Subject__: fox\n__Image 1__: red\n__Image 2__: red\n__Compare__: same\n__Verdict__: _yes_",
+    "Molmo": WHOLE.replace("yes", "Yes, no differences were found."),
+    "GPT, a code fence": f"```text\n{WHOLE}\n```",
+    "Claude": "> **Subject:** fox\n> **Image 1:** red\n> **Image 2:** red\n> **Compare:** same\n"
+    "> **Verdict:** yes",
+    "Kosmos": "__Subject__: fox\n__Image 1__: red\n__Image 2__: red\n__Compare__: same\n"
+    "__Verdict__: _yes_",
 }
 NO = {
-    "LLaVA": "Subject: The subject is a robot.\nImage 1: The robot is blue.\nImage 2: The robot is green.\n"
-    "Compare: The body is the same, but the color is different.\nVerdict: No.",
-    "Qwen2-VL": "1. Subject: owl\n2. Image 1: brown\n3. Image 2: white\n4. Compare: feathers differ\n5. Verdict: no",
-    "InternVL, wide colons": "Subject：cat\nImage 1：grey\nImage 2：black\nCompare：the fur differs\nVerdict：No",
-    "Pixtral": "1. **Subject**: A dragon\n2. **Image 1**: Green, two horns\n3. **Image 2**: Green, one horn\n"
+    "LLaVA": "Subject: The subject is a robot.\nImage 1: The robot is blue.\nImage 2: The robot is "
+    "green.\nCompare: The body is the same, but the color is different.\nVerdict: No.",
+    "Qwen2-VL": "1. Subject: owl\n2. Image 1: grey\n3. Image 2: red\n4. Compare: feathers differ\n"
+    "5. Verdict: no",
+    "InternVL, wide colons": "Subject：cat\nImage 1：grey\nImage 2：red\nCompare：the fur differs\n"
+    "Verdict：No",
+    "Pixtral": "1. **Subject**: A dragon\n2. **Image 1**: Two horns\n3. **Image 2**: One horn\n"
     "4. **Compare**: Horns: different\n5. **Verdict**: No",
     "MiniCPM-V": "Step 1: Subject: chair\nStep 2: Image 1: leather\nStep 3: Image 2: velvet\n"
     "Step 4: Compare: the cover is different\nStep 5: Verdict: No, another chair",
-    "Phi-3.5 Vision": "Subject: shoe\nImage 1: white sole\nImage 2: black sole\nComparison: The soles differ.\n"
-    "Verdict: No\n\nReason: the soles have other colors.",
-    "GPT, headings": "## 1. Subject\nA striped cat\n\n## 2. Image 1\nFive stripes\n\n## 3. Image 2\nSpots\n\n"
+    "Phi-3.5 Vision": "Subject: shoe\nImage 1: red sole\nImage 2: blue sole\nComparison: The soles "
+    "differ.\nVerdict: No\n\nReason: the soles have other colors.",
+    "GPT, headings": "## 1. Subject\nA cat\n\n## 2. Image 1\nStripes\n\n## 3. Image 2\nSpots\n\n"
     "## 4. Compare\n- Eyes: same\n- Coat: **different**\n\n---\n\n## 5. Verdict\n"
     "**No** — the coat is another one.\n\nLet me know if you need more!",
-    "GLM-4V": "• Subject: fox\n• Image 1: red\n• Image 2: grey\n• Compare: fur is different\n• Verdict: NO!",
-    "images named": "subject: fox\nimage 1: red\nimage 2: grey\ncompare: Image 1 shows red fur and\n"
+    "GLM-4V": "• Subject: fox\n• Image 1: red\n• Image 2: grey\n• Compare: fur is different\n"
+    "• Verdict: NO!",
+    "images named": "subject: fox\nimage 1: red\nimage 2: grey\ncompare: Image 1 shows red and\n"
     "image 2 shows grey fur: different\nverdict: no",
 }
-COMPLETE = [
-    pytest.param(verdict, answer, id=style)
-    for verdict, answers in (("yes", YES), ("no", NO))
-    for style, answer in answers.items()
-]
+COMPLETE = [("yes", answer) for answer in YES.values()] + [("no", answer) for answer in NO.values()]
 INCOMPLETE = {
     "nothing": "",
     "babble": "They look alike to me.",
     "only the verdict": "yes",
     "a refusal": "I'm sorry, I can't compare animals.",
     "JSON": '{"subject": "fox", "verdict": "yes"}',
-    **{f"no {step}": "\n".join(FOX[:k] + FOX[k + 1 :]) for k, step in enumerate(curate.STEPS)},
-    **{
-        f"empty {step}": "\n".join([*FOX[:k], f"{step}:", *FOX[k + 1 :]])
-        for k, step in enumerate(curate.STEPS)
-    },
-    "other names": "\n".join(FOX).replace("image 1", "first image"),
-    **{
-        name: "\n".join(FOX[k] for k in order)
-        for name, order in {
-            "images exchanged": [0, 2, 1, 3, 4],
-            "the verdict first": [4, 0, 1, 2, 3],
-            "the verdict before the comparison": [0, 1, 2, 4, 3],
-            "a verdict before and after": [4, 0, 1, 2, 3, 4],
-            "the chain twice": [0, 1, 2, 3, 4] * 2,
-        }.items()
-    },
-    "two verdicts": "\n".join([*FOX, "verdict: no"]),
-    **{
-        words: "\n".join([*FOX[:4], f"verdict: {words}"])
-        for words in (
-            "yes and no",
-            "yes or no",
-            "yes/no",
-            "Yes, no.",
-            "no yes",
-            "maybe",
-            "not the same",
-            "same",
-            "probably yes",
-        )
-    },
+    "no subject": fox(1, 2, 3, 4),
+    "no image 1": fox(0, 2, 3, 4),
+    "no image 2": fox(0, 1, 3, 4),
+    "no comparison": fox(0, 1, 2, 4),
+    "no verdict": fox(0, 1, 2, 3),
+    "empty subject": WHOLE.replace("fox", ""),
+    "empty image 1": WHOLE.replace("red", "", 1),
+    "empty image 2": WHOLE.replace("2: red", "2:"),
+    "empty comparison": WHOLE.replace("same", ""),
+    "empty verdict": WHOLE.replace("yes", ""),
+    "other names": WHOLE.replace("image 1", "first image"),
+    "images exchanged": fox(0, 2, 1, 3, 4),
+    "the verdict first": fox(4, 0, 1, 2, 3),
+    "the verdict before the comparison": fox(0, 1, 2, 4, 3),
+    "a verdict before and after": fox(4, 0, 1, 2, 3, 4),
+    "the chain twice": fox(0, 1, 2, 3, 4, 0, 1, 2, 3, 4),
+    "two verdicts": WHOLE + "\nverdict: no",
+    "yes and no": WHOLE.replace("yes", "yes and no"),
+    "yes or no": WHOLE.replace("yes", "yes or no"),
+    "yes/no": WHOLE.replace("yes", "yes/no"),
+    "Yes, no.": WHOLE.replace("yes", "Yes, no."),
+    "no yes": WHOLE.replace("yes", "no yes"),
+    "maybe": WHOLE.replace("yes", "maybe"),
+    "not the same": WHOLE.replace("yes", "not the same"),
+    "same": WHOLE.replace("yes", "same"),
+    "probably yes": WHOLE.replace("yes", "probably yes"),
 }
 
 
-@pytest.mark.parametrize("verdict, answer", COMPLETE)
+@pytest.mark.parametrize("verdict, answer", COMPLETE, ids=[*YES, *NO])
 def test_complete_answers_are_understood_in_any_style_and_cut_ones_count_as_truncated(
     verdict, answer
 ):
-    """The generation marks a cut answer; without that mark it is unparsable as long as the verdict is missing."""
+    """The generation marks a cut answer; without that mark it is unparsable without a verdict."""
     found, reason = curate.parse(answer)
     assert found == verdict and reason.startswith(f"{verdict}: ") and "unparsable" not in reason
     assert curate.parse(f"{answer} {curate.TRUNCATED}")[0] == "truncated"
@@ -135,24 +140,19 @@ def test_tolerance_counts_the_parts_that_differ(comparison, differing):
     assert verdicts == ["yes" if 0 < differing <= tolerance else "no" for tolerance in range(4)]
 
 
-# ---- asking ----------------------------------------------------------------------------------------------------------
+# ---- asking --------------------------------------------------------------------------------------
 def test_answers_are_greedy_without_a_penalty_and_truncated_ones_say_so():
     """Qwen2.5-VL's own repetition penalty of 1.05 would act on "same, same, yes"."""
     processor = Mock(return_value=BatchFeature({"input_ids": torch.tensor([[5, 5], [5, 5]])}))
     processor.batch_decode = lambda tokens, **options: [str(row.tolist()) for row in tokens]
     model = Mock(device="cpu", dtype=torch.float32)
     model.generation_config.eos_token_id = [1, 2]
-    model.generate.return_value = torch.tensor(
-        [[5, 5, 7, 2], [5, 5, 7, 7]]
-    )  # of two answers the first one ends
-    answers = curate.ask(
-        model, processor, [["image"], ["image"]], "Same?", batch_size=2, max_new_tokens=2
-    )
+    model.generate.return_value = torch.tensor([[5, 5, 7, 2], [5, 5, 7, 7]])  # the first one ends
+    cases = [["image"], ["image"]]
+    answers = curate.ask(model, processor, cases, "Same?", batch_size=2, max_new_tokens=2)
     assert answers == ["[7, 2]", f"[7, 7] {curate.TRUNCATED}"]
-    assert (
-        model.generate.call_args.kwargs.items()
-        >= {"repetition_penalty": 1.0, "do_sample": False}.items()
-    )
+    options = model.generate.call_args.kwargs
+    assert options["repetition_penalty"] == 1.0 and options["do_sample"] is False
 
 
 def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folder_has_none(
@@ -197,14 +197,14 @@ def test_a_vlm_without_some_special_tokens_answers_the_same_or_is_refused(
     assert curate.ask(*curate.load_vlm(folder), *asked) == curate.ask(*curate.load_vlm(vlm), *asked)
 
 
-# ---- panels ----------------------------------------------------------------------------------------------------------
+# ---- panels --------------------------------------------------------------------------------------
 PANELS = [critter(7, [scene, 0, light]) for scene, light in ((0, 0), (3, 1), (5, 2), (7, 3))]
 
 
 @pytest.mark.parametrize("colour", ["white", "black", (128, 90, 70)])
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
 def test_gutters_are_taken_out(width, colour):
-    """Drawn between the panels, they leave the panels as they were; over them, a few pixels at an edge are lost."""
+    """Drawn between panels they leave them as they were; over them, a few pixels are lost."""
     size = 32 * 2 + width
     spread = Image.new("RGB", (size, size), colour)
     for k, panel in enumerate(PANELS):

@@ -8,23 +8,17 @@ import threading
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from conftest import difference, noise_image, pictures
 from diffusers import FluxPipeline
-from random_models import make_flux
 
 import generate_grids
 
 TINY = "--count 2 --steps 2 --batch_size 2"
 
 
-@pytest.fixture(scope="session", params=["miniature", "dev", "schnell"])
-def teacher(request, tmp_path_factory):
-    """A model folder; of "dev" and "schnell" only the classes and the settings are FLUX.1's."""
-    if request.param == "miniature":
-        return dsd.MINIATURE / "flux"
-    folder = tmp_path_factory.mktemp("teacher") / request.param
-    return make_flux(folder, guidance_embeds=request.param == "dev")
+@pytest.fixture(params=["flux", "dev", "schnell"])
+def teacher(request):
+    return request.getfixturevalue(request.param)
 
 
 # ---- agreement guidance --------------------------------------------------------------------------
@@ -90,20 +84,13 @@ def test_agreement_changes_the_grids_and_is_part_of_a_runs_identity(run, refused
     }
 
 
-def test_offloaded_pipelines_draw_the_same_agreeing_grids(tmp_path, monkeypatch):
-    def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
-
-    monkeypatch.setattr(FluxPipeline, "enable_sequential_cpu_offload", sequential)
-    model = make_flux(tmp_path / "dev")
-    options = f"--model {model} --count 2 --steps 2 --panel 32 --agreement 1"
+def test_offloaded_pipelines_draw_the_same_agreeing_grids(dev, offloading, monkeypatch):
+    options = f"--model {dev} --count 2 --steps 2 --panel 32 --agreement 1"
     monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
     args, drawn = generate_grids.parse_args(), {}
     grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
     for way in ("none", "model", "sequential"):
-        pipe = dsd.load_pipeline(FluxPipeline, model, offload=way)
+        pipe = dsd.load_pipeline(FluxPipeline, dev, offload=way)
         # two batches, since the parts are put back after each
         drawn[way] = [generate_grids.draw_grids(pipe, [grid], args)[0] for grid in grids]
     assert difference(drawn["none"], drawn["model"]) <= 1

@@ -11,13 +11,12 @@ import types
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from conftest import difference, give_random_weights, noise_image
 from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from diffusers.utils import make_image_grid
 from PIL import Image
-from random_models import make_flux, make_qwen
+from random_models import make_qwen
 from test_model import PROMPTS, draw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5EncoderModel
@@ -31,15 +30,8 @@ from miniature import computed
 HUB = "black-forest-labs/FLUX.1-dev"
 
 
-@pytest.fixture(scope="session")
-def dev(tmp_path_factory):
-    return make_flux(tmp_path_factory.mktemp("real") / "FLUX.1-dev")
-
-
-@pytest.fixture(scope="session", params=["dev", "schnell"])
-def model(request, tmp_path_factory):
-    if request.param == "schnell":
-        return make_flux(tmp_path_factory.mktemp("real") / "FLUX.1-schnell", guidance_embeds=False)
+@pytest.fixture(params=["dev", "schnell"])
+def model(request):
     return request.getfixturevalue(request.param)
 
 
@@ -223,16 +215,11 @@ def test_a_base_in_bfloat16_is_trained_in_either_precision(
     assert compiled == ([{"fullgraph": True}] if flag == "--compile" else [])
 
 
-def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, monkeypatch):
+def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, offloading):
     """The adapter is loaded first: it would not find weights that were taken away.
 
     The same way of loading gives the same bytes. Another way puts the weights elsewhere in memory,
     where a matrix product may round otherwise: so it is equal to one grey level."""
-
-    def sequential(pipe, device):  # diffusers' own would ask for a device named cpu:0
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
 
     def pictures(way):
         pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
@@ -242,7 +229,6 @@ def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_pat
         assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
         return images
 
-    monkeypatch.setattr(FluxControlPipeline, "enable_sequential_cpu_offload", sequential)
     dsd.save_adapter(student(dev), tmp_path, {})
     plain = pictures("none")
     assert pictures("none") == plain
