@@ -178,6 +178,7 @@ def test_what_needs_a_gpu_is_refused_before_a_download(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     grid = {"file": "000000.png", "prompt": "p", "subject": "s", "family": "subject"}
     dsd.write_json(tmp_path / "grids.jsonl", [grid | {"rows": 2, "columns": 2}])
+    noise_image(64, 64).save(tmp_path / "000000.png")
     inputs = {curate: ["--grids", tmp_path], finetune: ["--pairs", pairs]}
     line = refused(module, options, *inputs.get(module, []), "--out", tmp_path / "out")
     assert re.search("needs? a CUDA GPU", line)
