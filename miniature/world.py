@@ -1,20 +1,21 @@
-"""The miniature's world: small critters, drawn by arithmetic, in eight places, four lights, four outfits.
+"""The miniature's world: small critters in eight places, four lights and four outfits.
 
-A critter has an IDENTITY, which mostly only a picture can tell (colours, pattern, eyes; its shape and ears are also
-named by the prompt). It appears in a CONTEXT, which the prompt tells (scene, accessory, light), and in one of six
-POSES, which the prompt tells as well; around each pose there is a small free jitter.
-Everything is drawn from signed distance functions in torch, a whole batch at once: no file, no download.
+A critter has an IDENTITY, which mostly only a picture can tell (colours, pattern, eyes; its shape
+and ears are also named by the prompt). It appears in a CONTEXT, which the prompt tells (scene,
+accessory, light), and in one of six POSES, which the prompt tells as well; around each pose there
+is a small free jitter. Everything is drawn from signed distance functions in torch, a whole batch
+at once: no file, no download.
 
-The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32) // 2**16 % 10 == 0`
-(Knuth's multiplicative hash; its upper half, for the lower bits are those of `i`). See `is_held_out`.
-"""
+The held-out rule: identity `i` is held out of every training set when `(i * 2654435761 mod 2**32)
+// 2**16 % 10 == 0` (Knuth's multiplicative hash; its upper half, for the lower bits are those of
+`i`). See `is_held_out`."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-# ---- what a critter can be -------------------------------------------------------------------------------------------
+# ---- what a critter can be -----------------------------------------------------------------------
 COLOURS = {
     "red": (0.90, 0.16, 0.14),
     "orange": (0.98, 0.55, 0.10),
@@ -25,7 +26,7 @@ COLOURS = {
     "purple": (0.56, 0.22, 0.82),
     "pink": (0.98, 0.48, 0.74),
 }
-IDENTITY = {  # attribute -> its values; the order of the attributes is the order of the columns everywhere
+IDENTITY = {  # attribute -> its values; their order is the order of the columns everywhere
     "shape": ["round", "square", "tall", "pear-shaped", "triangular", "ghostly"],
     "ears": ["earless", "cat-eared", "bunny-eared", "horned", "antennaed"],
     "colour": list(COLOURS),
@@ -54,14 +55,19 @@ SCENE, ACCESSORY, LIGHT = range(len(CONTEXT))  # columns of a context
 NAMED = 2  # attributes that the prompt names: shape and ears
 RADIX = [len(values) - (name == "second") for name, values in IDENTITY.items()]
 N_IDENTITIES = math.prod(RADIX)
-SLIPS = 0.1  # share of pretraining sheets in which one panel shows a critter that differs in one or two attributes
-UNRELATED = (
-    1 / 3
-)  # share of sheets in which one panel or more, but not all, show other critters of the same noun
-DETAILED = 0.3  # share of single panels' captions that also name colours, pattern and eyes, so that these words are
-# known. Sheets' captions never do: where words tell the details, the model need not look from panel to panel
-POSES = {  # the prompt's words -> how far right and down the critter's place moves (a panel is 2 wide and high), what
-    # its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32; turned it is smaller: ears stay
+# Shares of pretraining sheets: in SLIPS one panel shows a critter that differs in one or two
+# attributes, in UNRELATED some panels, but not all, show other critters of the same noun.
+# Shares of pretraining sheets: in SLIPS one panel shows a critter that differs in one or two
+# attributes, in UNRELATED some panels, but not all, show other critters of the same noun.
+SLIPS = 0.1
+UNRELATED = 1 / 3
+# Share of single panels' captions that also name colours, pattern and eyes, so that these words are
+# known. Sheets' captions never do: where words tell the details, no panel needs the others.
+DETAILED = 0.3
+# The prompt's words -> how far right and down the critter's place moves (a panel is 2 wide and 2
+# high), what its size is multiplied by, quarter turns clockwise. Shifts are five pixels of 32;
+# turned critters are smaller, so that their ears stay inside.
+POSES = {
     "": (0.0, 0.0, 1.0, 0),
     "on the left": (-0.34, 0.0, 0.92, 0),
     "on the right": (0.34, 0.0, 0.92, 0),
@@ -110,13 +116,14 @@ _EYES = [
 _TOP_Y = [-0.48, -0.42, -0.58, -0.56, -0.50, -0.48]  # where a hat sits
 
 
-# ---- identities and contexts as integers -----------------------------------------------------------------------------
+# ---- identities and contexts as integers ---------------------------------------------------------
 def identity_of(index):
     """Identity numbers (N,) -> attribute values (N, N_IDENTITY), columns as in IDENTITY."""
     index, columns = torch.as_tensor(index).clone(), []
     if ((index < 0) | (index >= N_IDENTITIES)).any():
         raise ValueError(
-            f"the world has {N_IDENTITIES} identities, numbered from 0: {index.tolist()[:5]}... asked for"
+            f"the world has {N_IDENTITIES} identities, numbered from 0; asked for "
+            f"{index.tolist()[:5]}..."
         )
     for radix in RADIX:
         columns.append(index % radix)
@@ -151,8 +158,8 @@ def draw_contexts(n, generator):
 def draw_poses(n, generator):
     """`n` random poses (n, 4): centre x, centre y, size, tilt (radians).
 
-    They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the jitter, and with a
-    larger one that doubt was more than half of the student's loss (LOG.md)."""
+    They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the
+    jitter, and with a larger one that doubt was more than half of the student's loss (LOG.md)."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     return torch.stack(
         [0.06 * u[:, 0], 0.16 + 0.03 * u[:, 1], 1.16 + 0.05 * u[:, 2], 0.07 * u[:, 3]], 1
@@ -160,20 +167,23 @@ def draw_poses(n, generator):
 
 
 def in_pose(pose, named):
-    """Poses (n, 4) as of `draw_poses`, and for each the number (n,) of a named one -> how it then stands (n, 4)."""
+    """Poses (n, 4) as of `draw_poses`, and for each the number (n,) of a named one -> how it then
+    stands (n, 4)."""
     right, down, size, turns = torch.tensor(list(POSES.values()))[named].unbind(1)
     x, y, scale, tilt = pose.unbind(1)
     return torch.stack([x + right, y + down, scale * size, tilt + turns * (torch.pi / 2)], 1)
 
 
 def move(a, b):
-    """How a critter gets from one named pose to another, by their numbers: "same pose", "moved" or "turned"."""
+    """How a critter gets from one named pose to another, by their numbers: "same pose", "moved" or
+    "turned"."""
     turns = [turns for _, _, _, turns in POSES.values()]
     return "same pose" if a == b else "turned" if turns[a] != turns[b] else "moved"
 
 
 def change_attributes(identity, count, generator):
-    """Copies of `identity` (N, N_IDENTITY) in which `count` (N,) randomly chosen attributes take another value."""
+    """Copies of `identity` (N, N_IDENTITY) in which `count` (N,) randomly chosen attributes take
+    another value."""
     other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
     order = torch.rand(identity.shape, generator=generator).argsort(1)
     for column, size in enumerate(sizes):
@@ -209,8 +219,8 @@ def change_in_training(identity, count, generator):
 
 
 def draw_namesakes(index, generator, held_out=False):
-    """For identity numbers (N,) other ones (N,) of the same noun, of the side asked for: shape and ears are the
-    number's lowest digits, all else is drawn anew."""
+    """For identity numbers (N,) other ones (N,) of the same noun, of the side asked for: shape and
+    ears are the number's lowest digits, all else is drawn anew."""
     nouns, other = math.prod(RADIX[:NAMED]), index.clone()
     while (bad := (is_held_out(other) != held_out) | (other == index)).any():
         drawn = torch.randint(N_IDENTITIES // nouns, index.shape, generator=generator)
@@ -218,9 +228,10 @@ def draw_namesakes(index, generator, held_out=False):
     return other
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 def noun(identity):
-    """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of numbers."""
+    """What the prompt calls the critter: "round cat-eared critter". `identity` is one row of
+    numbers."""
     return f"{IDENTITY['shape'][identity[0]]} {IDENTITY['ears'][identity[1]]} critter"
 
 
@@ -229,11 +240,13 @@ def details(identity):
     words = {name: values[int(v)] for (name, values), v in zip(IDENTITY.items(), identity)}
     pattern = "trim" if words["pattern"] == "plain" else words["pattern"]
     eyes = "eye" if words["eyes"] == "one" else "eyes"
-    return f"{words['tone']} {words['colour']} with {words['second']} {pattern} and {words['eyes']} {eyes}"
+    colours = f"{words['tone']} {words['colour']} with {words['second']}"
+    return f"{colours} {pattern} and {words['eyes']} {eyes}"
 
 
 def setting(context, light=True, pose=0):
-    """The pose, unless the critter stands, and the context in words: "jumping on the beach at sunset with a hat"."""
+    """The pose, unless the critter stands, and the context in words: "jumping on the beach at
+    sunset with a hat"."""
     scene, accessory, lamp = (values[int(v)] for values, v in zip(CONTEXT.values(), context))
     return " ".join(
         part for part in (list(POSES)[pose], scene, lamp if light else "", accessory) if part
@@ -241,12 +254,13 @@ def setting(context, light=True, pose=0):
 
 
 def described(identity, detailed):
-    """A critter's noun, and its details if asked for: "round horned critter vivid blue with red dots and one eye"."""
+    """A critter's noun, and its details if asked for: "round horned critter vivid blue with red
+    dots and one eye"."""
     return f"{noun(identity)} {details(identity)}" if detailed else noun(identity)
 
 
 def panel_caption(identity, context, detailed=False, pose=0):
-    """ "a round cat-eared critter on the beach at sunset with a hat"; detailed: the colours are named too."""
+    """As in "a round cat-eared critter on the beach at sunset with a hat"; detailed: with colours."""
     return f"a {described(identity, detailed)} {setting(context, pose=pose)}"
 
 
@@ -263,8 +277,9 @@ SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is gen
 def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, poses=(0, 0, 0, 0)):
     """The prompt of a sheet: its opening, the subject, then each panel in reading order.
 
-    Subject: "a grid of 4 images representing the same round horned critter: first in the snow at noon, second ...".
-    Relight: the scene and the pose are told once, and each panel names its light only."""
+    Subject: "a grid of 4 images representing the same round horned critter: first in the snow at
+    noon, second ...". Relight: the scene and the pose are told once, and each panel names its light
+    only."""
     subject = noun(identity)
     opening = SHEET_OPENINGS[layout][wording]
     if relight:
@@ -278,7 +293,7 @@ def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, p
     return f"{head}: " + ", ".join(f"{o} {p}" for o, p in zip(ORDINALS, panels))
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 def _circle(x, y, r):
     return (x * x + y * y).sqrt() - r
 
@@ -337,10 +352,11 @@ def _ears(kind, x, y, ex, ey):  # x is mirrored: both ears at once
 
 
 def render(identity, context, pose, size=32):
-    """Panels (N, 3, size, size) in [0, 1] of critters `identity` (N, N_IDENTITY) in `context` (N, 3) and `pose`
-    (N, 4), drawn on the device that these are on.
+    """Panels (N, 3, size, size) in [0, 1], drawn on the device that the arguments are on: critters
+    `identity` (N, N_IDENTITY) in `context` (N, 3) and `pose` (N, 4).
 
-    Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its cache."""
+    Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its
+    cache."""
     n = len(identity) if identity.is_cuda else 32
     with identity.device:  # where tensors are made that follow no other
         return torch.cat(
@@ -415,7 +431,7 @@ def _render(identity, context, pose, size):
     critter = _face(critter, eyes, x, y, paint)
     critter = _accessory(critter, accessory, x, y, _look_up(_TOP_Y, shape).view(n, 1, 1), paint)
 
-    # light: less of the cast on the critter than on the scene, and a shade on the side away from the lamp
+    # light: the critter has less of the cast than the scene, and a shade away from the lamp
     lamp = _look_up(_LIGHT_FROM, light)
     toward = (dx * lamp[:, 0].view(n, 1, 1) + dy * lamp[:, 1].view(n, 1, 1)).unsqueeze(1)
     lit = (
@@ -524,13 +540,14 @@ def _accessory(image, kind, x, y, top, paint):
     return paint(image, only(3, scarf), rgb(0.96, 0.96, 0.92))
 
 
-# ---- sheets ----------------------------------------------------------------------------------------------------------
+# ---- sheets --------------------------------------------------------------------------------------
 def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
-    """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] on `device`, and their captions.
+    """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] on `device`, and
+    their captions.
 
-    Most show one critter; the others slip as SLIPS and UNRELATED say. 30 % of the sheets are of the family *relight*
-    (same scene, accessory and pose, another light in each panel), the others *subject* (all contexts and poses free).
-    A 1x1 sheet is a single panel."""
+    Most show one critter; the others slip as SLIPS and UNRELATED say. 30 % of the sheets are of the
+    family *relight* (same scene, accessory and pose, another light in each panel), the others
+    *subject* (all contexts and poses free). A 1x1 sheet is a single panel."""
     rows, columns = layout
     p = rows * columns
     number = draw_identities(n, generator, held_out)
