@@ -260,7 +260,7 @@ def described(identity, detailed):
 
 
 def panel_caption(identity, context, detailed=False, pose=0):
-    """As in "a round cat-eared critter on the beach at sunset with a hat"; detailed: with colours."""
+    """As in "a round cat-eared critter on the beach at sunset with a hat"; detailed: coloured."""
     return f"a {described(identity, detailed)} {setting(context, pose=pose)}"
 
 
