@@ -1,7 +1,8 @@
 """What the lessons share: where things are, how pictures are shown, and a look inside the models.
 
-`import lesson` finds `dsd.py` and the miniature and changes into an empty temporary folder, so that whatever a lesson
-draws or trains (`runs/...`) lands there and the repository stays as it is. The folder is deleted with the kernel.
+`import lesson` finds `dsd.py` and the miniature and changes into an empty temporary folder, so that
+whatever a lesson draws or trains (`runs/...`) lands there and the repository stays as it is. The
+folder is deleted with the kernel.
 """
 
 import atexit
@@ -17,26 +18,23 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the lessons need no network
 
-import dsd  # noqa: E402; first: it silences the libraries' notices
+import dsd
 
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from diffusers.models.transformers import transformer_flux  # noqa: E402
-from IPython.display import Image as Png  # noqa: E402
-from IPython.display import Markdown, display  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
-from PIL import Image  # noqa: E402
+import torch
+from accelerate import PartialState
+from diffusers.models.transformers import transformer_flux
+from IPython.display import Image as Png
+from IPython.display import Markdown, display
+from matplotlib import pyplot
+from PIL import Image
 
-import curate  # noqa: E402
-from miniature import world  # noqa: E402
+import curate
+from miniature import world
 
-PartialState(
-    cpu=not torch.cuda.is_available()
-)  # as the scripts choose it: a CUDA GPU, else the CPU
+PartialState(cpu=not torch.cuda.is_available())  # as in the scripts: a CUDA GPU, else the CPU
 _folder = tempfile.TemporaryDirectory(prefix="lesson_")
 atexit.register(_folder.cleanup)
 os.chdir(_folder.name)
@@ -44,27 +42,19 @@ os.chdir(_folder.name)
 pyplot.rcParams.update(
     {"font.size": 14, "figure.dpi": 75, "axes.titlesize": 15, "image.interpolation": "nearest"}
 )
-FLUX, VLM, ADAPTER = (ROOT / "miniature" / name for name in ("flux", "vlm", "adapter"))
-PARTS = [
-    "shape",
-    "ears",
-    "colour",
-    "tone",
-    "trim",
-    "pattern",
-    "eyes",
-]  # the VLM's words for a critter
+ROOT = dsd.MINIATURE.parent
+FLUX, VLM, ADAPTER = (dsd.MINIATURE / name for name in ("flux", "vlm", "adapter"))
+PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for them
 
 
-# ---- a lesson's first cell, and its checks ---------------------------------------------------------------------------
+# ---- a lesson's first cell, and its checks -----------------------------------------------------
 def start(minutes):
-    """Print where and in which number format this lesson computes, and how many minutes its cells take."""
+    """Print where and in which number format this lesson computes, and how long its cells take."""
     device = PartialState().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     loaded = str(dsd.weight_dtype()).removeprefix("torch.")
-    print(
-        f"device: {name}; models are loaded in {loaded}; the cells take about {minutes} min on two CPU cores"
-    )
+    minutes = f"the cells take about {minutes} min on two CPU cores"
+    print(f"device: {name}; models are loaded in {loaded}; {minutes}")
 
 
 def answered(*answers):
@@ -74,7 +64,7 @@ def answered(*answers):
     )
 
 
-# ---- the scripts -----------------------------------------------------------------------------------------------------
+# ---- the scripts -------------------------------------------------------------------------------
 @contextmanager
 def command_line(line):
     """The script that a command line names, as a module, with `sys.argv` as Python would set it."""
@@ -83,22 +73,20 @@ def command_line(line):
     try:
         yield importlib.import_module(name.removesuffix(".py"))
     except BaseException as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # a script that was interrupted lets go of its output folder
+        traceback.clear_frames(error.__traceback__)  # an interrupted script lets go of its folder
         raise
     finally:
         sys.argv = before
 
 
 def script(line):
-    """`script("sample.py --seed 3")` does what `python sample.py --seed 3` does, without starting Python again."""
+    """`script("sample.py --seed 3")` does what `python sample.py --seed 3` does, in here."""
     with command_line(line) as module:
         module.main()
 
 
 def options(line):
-    """The options of a command line as its script sees them, for calling the script's functions one by one."""
+    """The options of a command line as its script sees them, for calling its functions."""
     with command_line(line) as module:
         return module.parse_args()
 
@@ -111,15 +99,20 @@ def transcripts(folder="runs/pairs"):
     ]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------
 def picture(image, place=None):
-    """Show a picture or a picture file, reduced to 256 colours to stay small. It replaces what is shown at `place`."""
+    """Show a picture or a picture file, reduced to 256 colours to stay small.
+
+    It replaces what is shown at `place`, if there is one."""
     image = image if isinstance(image, Image.Image) else Image.open(image)
     png = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        png, format="png", optimize=True
-    )
-    place.update(Png(png.getvalue())) if place else display(Png(png.getvalue()))
+    small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(png, format="png", optimize=True)
+    shown = Png(png.getvalue())
+    if place:
+        place.update(shown)
+    else:
+        display(shown)
 
 
 def show(figure, place=None):
@@ -136,7 +129,8 @@ def place():
 
 
 def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, place=None):
-    """Show rows of images: `columns` are the titles above, `labels` stand left of the rows, `captions` below images."""
+    """Show rows of images: `columns` are the titles above, `labels` stand left of the rows,
+    `captions` below images."""
 
     def lines(texts):
         return max((str(text).count("\n") + 1 for text in texts), default=0)
@@ -167,46 +161,34 @@ def gallery(rows, columns=(), labels=(), title="", side=1.7, captions=None, plac
 
 
 def to_images(pixels):
-    """(N, 3, H, W) in [0, 1] -> N images."""
-    raw = (
-        (pixels.detach().float().cpu().clamp(0, 1) * 255)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
-    return [Image.fromarray(one.numpy()) for one in raw]
+    """(N, 3, H, W) in [0, 1], or a little outside -> N images."""
+    return dsd.to_images(pixels.detach().float().cpu().clamp(0, 1))
 
 
 def decode(pipe, tokens, h, w):
     """Packed latents (B, N, 64) of h x w latent pixels -> B images."""
-    latents = (
-        dsd.unpack(tokens, h, w) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    )
-    with torch.no_grad():
-        return to_images(pipe.vae.decode(latents.to(pipe.vae.dtype)).sample / 2 + 0.5)
+    return to_images(dsd.decode(pipe.vae, tokens, h, w) / 2 + 0.5)
 
 
-# ---- critters whose truth is known -----------------------------------------------------------------------------------
+# ---- critters whose truth is known -------------------------------------------------------------
 def critter(number, scene="in the meadow", accessory="", light="at noon", pose=""):
     """The rendered picture of identity `number`, and its attributes (7,). No pose: it stands."""
     context = []
     for values, word in zip(world.CONTEXT.values(), (scene, accessory, light)):
-        assert word in values, (
-            f"no {word!r} in this world; choose one of {', '.join(filter(None, values))}"
-        )
+        known = ", ".join(filter(None, values))
+        assert word in values, f"no {word!r} in this world; choose one of {known}"
         context.append(values.index(word))
     identity = world.identity_of([number])
-    stand = world.in_pose(
-        torch.tensor([[0.0, 0.16, 1.16, 0.0]]), torch.tensor([list(world.POSES).index(pose)])
-    )
+    middle = torch.tensor([[0.0, 0.16, 1.16, 0.0]])
+    stand = world.in_pose(middle, torch.tensor([list(world.POSES).index(pose)]))
     pixels = world.render(identity, torch.tensor([context]), stand)
     return to_images(pixels)[0], identity[0]
 
 
-# ---- the vision-language model's comparison --------------------------------------------------------------------------
+# ---- the vision-language model's comparison ----------------------------------------------------
 def same_parts(answer):
-    """An answer's line "compare" as {"shape": True, "ears": False, ...}; parts not mentioned count as different."""
+    """An answer's line "compare" as {"shape": True, "ears": False, ...}; parts that it does not
+    mention count as different."""
     line = re.search(r"^compare:(.*)$", answer, re.MULTILINE)
     found = dict(re.findall(r"(\w+) [^,]*?(same|different)", line.group(1))) if line else {}
     return {part: found.get(part) == "same" for part in PARTS}
@@ -217,20 +199,20 @@ def compare(vlm, pairs):
     return curate.ask(*vlm, [list(pair) for pair in pairs], curate.PAIR_QUESTION, 64, 200)
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------
 @contextmanager
 def attention_maps():
-    """Inside `with attention_maps() as maps:` each attention layer of a FLUX transformer appends its map to `maps`.
+    """Inside `with attention_maps() as maps:` each attention layer of a FLUX transformer appends
+    its map to `maps`.
 
-    A map is (B, L, L), the mean over the heads: each row belongs to a query token and sums to 1, each column to a key
-    token; text tokens come first. The map is computed from the queries and keys beside the fused attention, which does
-    not return one."""
+    A map is (B, L, L), the mean over the heads: each row belongs to a query token and sums to 1,
+    each column to a key token; text tokens come first. The map is computed from the queries and
+    keys beside the fused attention, which does not return one."""
     fused, maps = transformer_flux.dispatch_attention_fn, []
 
     def recording(query, key, value, attn_mask=None, **rest):  # query, key (B, L, heads, D)
-        scores = (
-            torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) / query.shape[-1] ** 0.5
-        )
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float())
+        scores = scores / query.shape[-1] ** 0.5
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)
         maps.append(scores.softmax(-1).mean(1).detach().cpu())
@@ -244,7 +226,8 @@ def attention_maps():
 
 
 def heat(axis, image, weights, looking=None, top=None):
-    """A heat map of `weights` (rows, columns of tokens) over a grey image, with a frame at the token `looking`.
+    """A heat map of `weights` (rows, columns of tokens) over a grey image, with a frame at the
+    token `looking`.
 
     top: the weight that is shown in full red (default: the largest of this map)."""
     weights, top = weights.float().cpu(), float(top or weights.max())

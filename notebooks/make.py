@@ -1,23 +1,25 @@
 """Run the lessons, prove their exercises, and derive the student notebooks from the solutions.
 
-    python notebooks/make.py            # run every solution in place, then derive every student notebook
+    python notebooks/make.py            # run every solution in place, derive the students' copies
     python notebooks/make.py 1 4        # lessons 1 and 4 only
-    python notebooks/make.py --derive   # run nothing: derive the student notebooks from the solutions as they are
+    python notebooks/make.py --derive   # run nothing: derive from the solutions as they are
 
-Edit `solutions/*.ipynb` only. What stands there between `# solution` and `# end` is taken out of the student's copy
-(in a text cell: between `<!-- solution -->` and `<!-- end -->`). In its place the student finds the lines that start
-with `# blank: `, or, inside a function, one line that raises NotImplementedError.
+Edit `solutions/*.ipynb` only. What stands there between `# solution` and `# end` is taken out of
+the student's copy (in a text cell: between `<!-- solution -->` and `<!-- end -->`). In its place
+the student finds the lines that start with `# blank: `, or, inside a function, one line that raises
+NotImplementedError.
 
-Raw cells below an exercise hold other answers to it, which the student's copy loses: one that begins with
-`# also right` must pass the check, and one that begins with `# wrong: words` must fail it with a message that contains
-these words.
+Raw cells below an exercise hold other answers to it, which the student's copy loses: one that
+begins with `# also right` must pass the check, and one that begins with `# wrong: words` must fail
+it with a message that contains these words.
 
-The first line of a cell may be a mark. `# check` tests an answer; `# try` shows what was to be predicted. Both lose
-their outputs in the student's copy, as exercises do. The first picture that a `# picture` cell draws becomes
-`pictures/LESSON.png`, with which the lesson opens.
+The first line of a cell may be a mark. `# check` tests an answer; `# try` shows what was to be
+predicted. Both lose their outputs in the student's copy, as exercises do. The first picture that a
+`# picture` cell draws becomes `pictures/LESSON.png`, with which the lesson opens.
 
-Every run proves each exercise: the blank fails its check; the wrong answers fail, each with its message; the other
-right answers pass, and so does the solution after all of them, twice in a row.
+Every run proves each exercise: the blank fails its check; the wrong answers fail, each with its
+message; the other right answers pass, and so does the solution after all of them, twice in a row.
+A cell that prints a warning, or anything else to stderr, stops the run.
 """
 
 import argparse
@@ -41,6 +43,7 @@ CODE_BLANK = re.compile(r"^( *)# solution\n(.*?)^ *# end$", re.MULTILINE | re.DO
 TEXT_BLANK = re.compile(r"<!-- solution -->\n.*?<!-- end -->", re.DOTALL)
 SHOWN = re.compile(r"^ *# blank: (.*)\n", re.MULTILINE)  # what the student finds in a blank
 RIGHT, WRONG = "# also right", "# wrong: "
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def lessons(numbers=()):
@@ -84,12 +87,13 @@ def student(notebook):
 
 
 def clean(notebook):
-    """Keep what a reader needs, without the run's own metadata and without progress bars and warnings."""
+    """Keep what a reader needs: no metadata of the run, and no widgets, which need a kernel."""
     notebook.metadata, count = nbformat.from_dict(KERNEL), 0
     for i, cell in enumerate(notebook.cells):
         cell.metadata, cell.id = nbformat.from_dict({}), f"cell-{i}"
         if cell.cell_type == "code":
-            cell.outputs, count = [o for o in cell.outputs if o.get("name") != "stderr"], count + 1
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            count += 1
             cell.execution_count = count if cell.outputs or cell.execution_count else None
             for output in cell.outputs:
                 output.pop("transient", None)
@@ -100,10 +104,10 @@ def clean(notebook):
     return notebook
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------
 def execute(notebook, **environment):
-    """Run a solution notebook in place, in `notebooks/` and without progress bars, and prove its exercises. The kernel
-    gets these environment variables too.
+    """Run a solution notebook in place, in `notebooks/` and without progress bars, and prove its
+    exercises. The kernel gets these environment variables too.
 
     Returns how many answers were tried, and the seconds of processor time that all of it took."""
     environment = os.environ | {"TQDM_DISABLE": "1"} | environment
@@ -125,6 +129,7 @@ def execute(notebook, **environment):
             if check:
                 try_answers(client, i, exercise, others, cell.source)
             client.execute_cell(cell, i)
+            refuse_warnings(cell, i)
             if check:
                 expect(client, i, cell.source, None, "the check, run a second time,")
                 exercise, tried = None, tried + len(others) + 2
@@ -138,8 +143,16 @@ def execute(notebook, **environment):
     return tried, float(seconds)
 
 
+def refuse_warnings(cell, i):
+    """Stop at a cell that printed to stderr, where warnings go: a reader would see it, too."""
+    for output in cell.get("outputs", []):
+        if output.get("name") == "stderr":
+            raise ValueError(f"cell {i} prints a warning: {output.text}")
+
+
 def try_answers(client, i, exercise, others, check):
-    """Try an exercise's blank, its wrong and its other right answers on the check, and leave the solution in place."""
+    """Try an exercise's blank, its wrong and its other right answers on the check, and leave the
+    solution in place."""
     run(client, i, blank(exercise))
     expect(client, i, check, "your turn", "the blank")
     for answer in others:
@@ -154,7 +167,7 @@ def try_answers(client, i, exercise, others, check):
 
 
 def expect(client, i, source, words, what):
-    """Run some code: without `words` it must pass, else it must fail with a message that contains them."""
+    """Run some code: without `words` it must pass, else it must fail and say these words."""
     error = run(client, i, source)
     if words is None and error:
         raise ValueError(
@@ -163,9 +176,8 @@ def expect(client, i, source, words, what):
     if words is not None and not error:
         raise ValueError(f"cell {i}: {what} passes the check")
     if words is not None and words not in error.evalue:
-        raise ValueError(
-            f"cell {i}: {what} fails with {error.ename}: {error.evalue!r}, which does not say {words!r}"
-        )
+        said = f"{error.ename}: {error.evalue!r}"
+        raise ValueError(f"cell {i}: {what} fails with {said}, which does not say {words!r}")
 
 
 def run(client, i, source):

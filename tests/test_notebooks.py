@@ -156,6 +156,7 @@ def exercise(check, others):
         (CHECK, ["# also right\nn = 5"], "should pass"),
         (CHECK, ["n = 4"], "a raw cell begins with"),
         (CHECK + "del n", [], "run a second time"),
+        (CHECK + "import warnings\nwarnings.warn('old')", [], "prints a warning"),
     ],
 )
 def test_what_is_wrong_with_an_exercise_is_said(check, others, complaint):
