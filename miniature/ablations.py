@@ -1,4 +1,4 @@
-"""The miniature's long table: evaluate.py's rows, guidance, tuning on each reference, ablations.
+"""The miniature's long table: evaluate.py's rows, tuning on each reference, rivals, ablations.
 
     python -m miniature.ablations --compile        # all rows on 300 new contexts: hours of a core
     python -m miniature.ablations --rows ablation  # only some rows, by their names or groups
@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers import (
-    FluxControlInpaintPipeline,
     FluxControlNetModel,
     FluxControlPipeline,
     FluxInpaintPipeline,
@@ -51,11 +50,11 @@ from tqdm import tqdm
 
 import evaluate
 import finetune
+import sample
 from miniature import world
 
 RIVAL_FILE = "rival.safetensors"
 STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # of SDEdit
-GUIDANCE = [(1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 1.5), (1.5, 2.0)]  # image, text
 TUNING = {50: 5e-4, 200: 5e-4}  # of DreamBooth-LoRA: steps -> learning rate, the best tried: LOG.md
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "nothing left out": ("curated", []),
@@ -139,33 +138,6 @@ def train_rival(kind, args):
         run_script("miniature.ablations", kind, *places, *training_flags(args))
 
 
-def generators(cases):
-    """A generator for each case."""
-    return [torch.Generator("cpu").manual_seed(case.seed) for case in cases]
-
-
-def held_frame(pipe, cases, args):
-    """DSD, but frame 1 is held on the noised reference at each step (stock Control inpainting)."""
-    canvases, mask = evaluate.two_frames(cases)
-    pipe = FluxControlInpaintPipeline(**pipe.components)
-    pipe.set_progress_bar_config(disable=True)
-    pixels = pipe(
-        [case.prompt for case in cases],
-        image=canvases,
-        mask_image=mask,
-        control_image=canvases,
-        strength=1.0,
-        width=2 * args.width,
-        height=args.height,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        max_sequence_length=pipe.tokenizer_2.model_max_length,
-        output_type="pt",
-        generator=generators(cases),
-    ).images
-    return [dsd.cut_grid(image, 1, 2)[1] for image in dsd.to_images(pixels)]
-
-
 def clean_reference(pipe, cases, args):
     """In-context inpainting, but the reference has no noise at any step. The miniature's teacher
     can use that: it was pretrained with panels that have less noise than the others (pretrain.py
@@ -173,9 +145,9 @@ def clean_reference(pipe, cases, args):
     x_0 = dsd.encode(pipe.vae, dsd.to_pixels(evaluate.two_frames(cases)[0]))  # (B, N, 64)
     height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
     clean = dsd.unpack(x_0, height, 2 * width)  # (B, 16, h, 2 w)
-    noise = [torch.randn(clean.shape[1:], generator=own) for own in generators(cases)]
-    noise = torch.stack(noise).to(clean)
-    latents = torch.cat([clean[..., :width], noise[..., width:]], dim=3)
+    generators = [torch.Generator().manual_seed(case.seed) for case in cases]
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=own) for own in generators])
+    latents = torch.cat([clean[..., :width], noise.to(clean)[..., width:]], dim=3)
     # after a step the pipeline puts the reference, with the noise of that step, into the left frame
     pipe.scheduler.scale_noise = lambda sample, *_: sample
     return evaluate.inpainting(pipe, cases, args, latents=latents)
@@ -254,19 +226,8 @@ def draw_rival(pipe, cases, args, kind, folder):
     if not isinstance(pipe.transformer, Rival):
         pipe.transformer = load_rival(kind, pipe.transformer, args, folder)
         pipe.tokenizer_2.model_max_length = evaluate.prompt_tokens(args.model, "panel")
-    return dsd.sample_edit(
-        pipe,
-        dsd.to_pixels([case.image for case in cases]),
-        dsd.encode_prompts(pipe, [case.prompt for case in cases]),
-        dsd.encode_prompts(pipe, [""]),
-        [case.seed for case in cases],
-        args.steps,
-        args.image_guidance,
-        args.text_guidance,
-        args.guidance_scale,
-        args.unguided_steps,
-        frames=1,
-    )
+    images, prompts, seeds = zip(*[(case.image, case.prompt, case.seed) for case in cases])
+    return sample.draw_pictures(pipe, images, prompts, seeds, args, frames=1)
 
 
 def fit_rival(rival, pairs, null_text, size, args):
@@ -368,17 +329,6 @@ def dreambooth(pipe, cases, args, steps, learning_rate, rank=16):
 
 
 # ---- the table -----------------------------------------------------------------------------------
-def student(name, group, draw=evaluate.zero_shot, **more):
-    """A row of DSD."""
-    return evaluate.Row(name, group, draw, FluxControlPipeline, **more)
-
-
-def trained(name, args):
-    """What a row needs to draw with an ablation's adapter."""
-    training = functools.partial(train, name, args)
-    return {"options": {"adapter": folder_of(name, args)}, "train": training}
-
-
 def all_rows(args):
     """Every row, in the table's order."""
     *rows, own = evaluate.all_rows(args)
@@ -390,19 +340,15 @@ def all_rows(args):
         options = {"batch_size": args.contexts + 1}
         rows.append(evaluate.Row(name, "tuning", draw, FluxPipeline, options))
     rows.append(own)
-    for s_i, s_t in GUIDANCE:
-        options = {"image_guidance": s_i, "text_guidance": s_t}
-        rows.append(student(f"DSD, guidance {s_i} {s_t}", "guidance", options=options))
     for kind, name in {"ip_adapter": "like IP-Adapter", "controlnet": "like ControlNet"}.items():
         name = f"{name}, trained on the same pairs"
         draw = functools.partial(draw_rival, kind=kind, folder=folder_of(kind, args))
         training = functools.partial(train_rival, kind, args)
         rows.append(evaluate.Row(name, "rival", draw, FluxPipeline, train=training))
-    rows.append(student("DSD, frame 1 held", "sampling", held_frame))
     for name in ABLATIONS:
-        rows.append(student(f"DSD, {name}", "ablation", **trained(name, args)))
-    name = "DSD, only LoRA, frame 1 held"
-    rows.append(student(name, "ablation", held_frame, **trained("only LoRA", args)))
+        options, training = {"adapter": folder_of(name, args)}, functools.partial(train, name, args)
+        row = f"DSD, {name}", "ablation", evaluate.zero_shot, FluxControlPipeline
+        rows.append(evaluate.Row(*row, options, training))
     return rows
 
 

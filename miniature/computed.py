@@ -324,19 +324,15 @@ class Recipe:
         text, picture = self.encode_text(1, 512), self.decode(1, size, size)
         joint = measure(lambda: self.run(self.teacher, 1, size, size, 512))
         alone = measure(lambda: self.run(self.teacher, 4, args.panel, args.panel, 512))
-        steps = [joint] * (2 if args.true_cfg_scale > 1 else 1) + [alone] * (args.agreement > 0)
-        peak = max(step.peak for step in steps) + self.unpacked
+        passes = [joint] * (2 if args.true_cfg_scale > 1 else 1) + [alone] * (args.agreement > 0)
+        peak = max(one.peak for one in passes) + self.unpacked
         needs = {"text": text.peak, "transformer": peak, "vae": picture.peak}
-        operations = text.operations + picture.operations
-        operations += args.grid_steps * sum(step.operations for step in steps)
-        return self.row(
-            "1 generate_grids.py",
-            args.count,
-            (size // self.side) ** 2 + 512,
-            self.place(self.weights, needs),
-            args.count * self.seconds(operations, len(steps) * args.grid_steps),
-            args.count * PNG_BYTES * size**2,
-        )
+        operations = args.grid_steps * sum(one.operations for one in passes)
+        operations += text.operations + picture.operations
+        seconds = args.count * self.seconds(operations, len(passes) * args.grid_steps)
+        tokens, disk = (size // self.side) ** 2 + 512, args.count * PNG_BYTES * size**2
+        alive = self.place(self.weights, needs)
+        return self.row("1 generate_grids.py", args.count, tokens, alive, seconds, disk)
 
     def curation(self):
         """By rule, for a VLM in bfloat16: a token holds 60 kB of keys and values and, while the
@@ -358,15 +354,11 @@ class Recipe:
         args, pairs = self.args, round(2 * ASKED * ACCEPTED * self.args.count)
         batch = 32 if args.panel < 512 else 4  # as in finetune.encode_pairs
         text, canvas = self.encode_text(batch, args.prompt_tokens), self.encode(batch, *self.canvas)
+        alive = self.weights["text"] + self.weights["vae"] + max(text.peak, canvas.peak)
+        seconds = pairs / batch * self.seconds(text.operations + 2 * canvas.operations)
         latents = 2 * (self.canvas_tokens - args.prompt_tokens) * self.teacher.config.in_channels
-        return self.row(
-            "3 finetune.py: encoding",
-            pairs,
-            "",
-            self.weights["text"] + self.weights["vae"] + max(text.peak, canvas.peak),
-            pairs / batch * self.seconds(text.operations + 2 * canvas.operations),
-            2 * pairs * (latents + args.prompt_tokens * self.t5.config.d_model),
-        )
+        disk = 2 * pairs * (latents + args.prompt_tokens * self.t5.config.d_model)
+        return self.row("3 finetune.py: encoding", pairs, "", alive, seconds, disk)
 
     def resident(self):
         """Bytes that are on the card while finetune.py trains."""
@@ -377,14 +369,12 @@ class Recipe:
         args, self.student = self.args, self.student.train()
         step = measure(self.train_step, autocast=True, grad=True)
         update = self.lora * (8 if args.quantize == "none" else 4)  # gradients, and AdamW's copy
-        return self.row(
-            "3 finetune.py: training",
-            args.steps * args.batch_size,
-            args.batch_size * self.canvas_tokens,
-            self.resident() + max(step.peak + self.unpacked, update),
-            args.steps * self.seconds(step.operations, 3 if args.gradient_checkpointing else 2),
-            self.lora * 2 * (2 + 4 + self.moments),  # adapter and state, written aside and renamed
-        )
+        alive = self.resident() + max(step.peak + self.unpacked, update)
+        passes = 3 if args.gradient_checkpointing else 2
+        seconds = args.steps * self.seconds(step.operations, passes)
+        disk = self.lora * 2 * (2 + 4 + self.moments)  # adapter and state, written aside first
+        pictures, tokens = args.steps * args.batch_size, args.batch_size * self.canvas_tokens
+        return self.row("3 finetune.py: training", pictures, tokens, alive, seconds, disk)
 
     def drawing(self, batch, steps, **how):
         """A batch of pictures for references: {part: bytes}, seconds, and the operations of one
@@ -408,27 +398,22 @@ class Recipe:
             lambda: self.run(self.student, batch, *self.canvas, args.prompt_tokens), autocast=True
         )
         times = math.ceil(args.steps / args.validate_every)
-        return self.row(
-            "3 finetune.py: validation",
-            6 * times,
-            max(batch, self.passes) * self.canvas_tokens,
-            self.resident() + max(losses.peak + self.unpacked, *needs.values()),
-            times * (6 * seconds + self.seconds(24 * one, 24)),
-            0,
-        )
+        tokens = max(batch, self.passes) * self.canvas_tokens
+        alive = self.resident() + max(losses.peak + self.unpacked, *needs.values())
+        seconds = times * (6 * seconds + self.seconds(24 * one, 24))
+        return self.row("3 finetune.py: validation", 6 * times, tokens, alive, seconds, 0)
 
     def sampling(self):
         args, text = self.args, self.encode_text(1, self.args.prompt_tokens)
         needs, seconds, _ = self.drawing(1, args.sample_steps)
         weights = self.weights | {"transformer": self.weights["transformer"] + 2 * self.lora}
-        return self.row(
-            "4 sample.py",
-            args.pictures,
+        tokens, alive = (
             self.passes * self.canvas_tokens,
             self.place(weights, needs | {"text": text.peak}),
-            args.pictures * (seconds + self.seconds(2 * text.operations)),
-            args.pictures * PNG_BYTES * args.panel**2,
         )
+        seconds = args.pictures * (seconds + self.seconds(2 * text.operations))
+        disk = args.pictures * PNG_BYTES * args.panel**2
+        return self.row("4 sample.py", args.pictures, tokens, alive, seconds, disk)
 
     def rows(self):
         steps = self.grids, self.curation, self.encoding, self.training

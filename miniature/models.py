@@ -37,6 +37,7 @@ SHIFT = 3.0  # of the noise schedule, in training and in sampling
 TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 65}  # of a prompt, by layout: as many as its longest has
 PROMPT_TOKENS = TOKENS[2, 2]
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+GUIDANCE = {"guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0}  # of pictures
 NUMBERS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}  # see word_tokenizer
 SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place
     move change draw now but keep as to is and or other new another side light scene wearing one
@@ -216,18 +217,14 @@ def flux_settings():
             "learning_rate": 2.5e-3,
             "shift": SHIFT,
             "frame_weights": [0.1, 1.0],  # (our choice) see README.md, "The identity frame"
-            "guidance_scale": 1.0,
-            "image_guidance": 2.0,
-            "text_guidance": 2.0,
+            **GUIDANCE,
             "save_every": 100,
             "validate_every": 325,
         },
         "sample": {
             "steps": 20,
             "batch_size": 16,
-            "guidance_scale": 1.0,
-            "image_guidance": 2.0,
-            "text_guidance": 2.0,
+            **GUIDANCE,
             "width": PANEL,
             "height": PANEL,
             "prompts": [

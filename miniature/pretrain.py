@@ -16,7 +16,6 @@ import dsd
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -29,7 +28,6 @@ from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -39,28 +37,11 @@ RUNS = Path("runs/pretrain")
 
 
 # ---- what all have in common ---------------------------------------------------------------------
-@functools.cache
-def bfloat16_is_faster():
-    """Whether this device is clearly faster in bfloat16. A CPU without instructions for it is 100
-    times slower."""
-    if torch.cuda.is_available():
-        return dsd.weight_dtype() == torch.bfloat16
-
-    def seconds(dtype):
-        matrices = {"a": torch.ones(64, 256, dtype=dtype), "b": torch.ones(256, 1024, dtype=dtype)}
-        return Timer("a @ b", globals=matrices).blocked_autorange(min_run_time=0.05).median
-
-    return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
-
-
 def precision_of(run, asked=None):
-    """The number format of a run: what is asked for, else what it began with, else what is measured
-    to be faster.
-
-    A measurement may come out otherwise at the next start: so it decides once, and settings.json
-    keeps it."""
+    """The number format of a run: what is asked for, else what it began with, else bfloat16 on a
+    GPU that has it natively and float32 elsewhere. settings.json keeps it."""
     begun = dsd.read_json(run / "settings.json").get("precision")
-    return asked or begun or ("bf16" if bfloat16_is_faster() else "no")
+    return asked or begun or ("bf16" if dsd.weight_dtype() == torch.bfloat16 else "no")
 
 
 def autocast(device, precision):
@@ -154,14 +135,9 @@ def learning_rate_share(step, steps, warmup=100):
     return min(1.0, (step + 1) / warmup, max((steps - step) / (0.4 * steps), 0.0))
 
 
-def note_steps(folder, steps):
-    """Write into a model's folder how many steps it has learned."""
-    dsd.write_json(folder / "training.json", {"steps": steps})
-
-
-def export(save, folder):
-    """Let save(part) fill a folder aside and move its files to `folder`: none is ever half a
-    file."""
+def export(save, folder, steps):
+    """Let save(part) fill a folder aside and move its files to `folder`, so that none is ever half
+    a file; training.json says how many steps the model has learned."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     save(part)
@@ -170,6 +146,7 @@ def export(save, folder):
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
     shutil.rmtree(part)
+    dsd.write_json(folder / "training.json", {"steps": steps})
     print(f"wrote {folder}")
 
 
@@ -203,8 +180,7 @@ def pretrain_vae(args):
             x = torch.cat([batch(torch.Generator().manual_seed(i), (1, 1)) for i in range(16)])
             z = vae.encode(x).latent_dist.mode()
         vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
-    export(vae.half().save_pretrained, args.out / "flux" / "vae")
-    note_steps(args.out / "flux" / "vae", steps)
+    export(vae.half().save_pretrained, args.out / "flux" / "vae", steps)
 
 
 # ---- the teacher ---------------------------------------------------------------------------------
@@ -384,11 +360,10 @@ def pretrain_flux(args):
         if fit("flux_words", teacher.reader, reading, words) < args.word_steps:
             return  # out of time; its checkpoint is kept
     steps = fit("flux", teacher.train(), loss_of_step, args)
-    write_flux(pipe, args)
-    note_steps(args.out / "flux", steps)
+    write_flux(pipe, args, steps)
 
 
-def write_flux(pipe, args):
+def write_flux(pipe, args, steps):
     """The FLUX folder in float16, with dsd.json beside the models; without the VAE if --vae names
     another folder's."""
 
@@ -398,9 +373,9 @@ def write_flux(pipe, args):
             shutil.rmtree(part / "vae")
         for config in part.glob("text_encoder*/config.json"):  # stock lines then load float32
             dsd.write_json(config, dsd.read_json(config) | {"dtype": "float32"})
+        dsd.write_json(part / "dsd.json", models.flux_settings())
 
-    export(save, args.out / "flux")
-    dsd.write_json(args.out / "flux" / "dsd.json", models.flux_settings())
+    export(save, args.out / "flux", steps)
 
 
 def draw_references(args, count=8):
@@ -515,21 +490,20 @@ def pretrain_vlm(args):
         if steps and fit(name, module, loss, own) < steps:
             return  # out of time; its checkpoint is kept
     steps = fit("vlm", net.train(), answering, args)
-    write_vlm(vlm, processor, args.out / "vlm")
-    note_steps(args.out / "vlm", steps)
+    write_vlm(vlm, processor, args.out / "vlm", steps)
 
 
-def write_vlm(vlm, processor, folder):
+def write_vlm(vlm, processor, folder, steps):
     """The VLM's folder, in float16; stock lines load it as float32."""
 
     def save(part):
         weights = {name: weight.half() for name, weight in vlm.state_dict().items()}
         vlm.save_pretrained(part, state_dict=weights)
         processor.save_pretrained(part)
+        settings = {"example": ""}  # it has learned the form of the answer, and knows few words
+        dsd.write_json(part / "dsd.json", {"curate": settings})
 
-    export(save, folder)
-    settings = {"example": ""}  # it has learned the form of the answer, and knows few words
-    dsd.write_json(folder / "dsd.json", {"curate": settings})
+    export(save, folder, steps)
 
 
 # ---- the judge -----------------------------------------------------------------------------------
@@ -559,8 +533,7 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
         return sum(F.cross_entropy(row, value) for row, value in zip(logits, wanted.T))
 
     steps = fit(name, judge, loss_of_step, args)
-    export(judge.half().save_pretrained, args.out / name)
-    note_steps(args.out / name, steps)
+    export(judge.half().save_pretrained, args.out / name, steps)
 
 
 def pretrain_witness(args):
@@ -641,8 +614,7 @@ def parse_args():
     add("--out", type=Path, default=dsd.MINIATURE, help="folder of folders (default: miniature)")
     add("--ema", type=float, default=0.998)
     add("--seed", type=int, default=0)
-    precision = "bf16: mixed precision; no: float32 (default: the faster one, measured once)"
-    add("--precision", choices=["bf16", "no"], help=precision)
+    add("--precision", choices=["bf16", "no"], help="as in finetune.py; a begun run keeps its own")
     add("--save_minutes", type=float, default=3.0)
     add("--threads", type=int, help="CPU threads (default: all)")
     add("--minutes", type=float, default=math.inf, help="stop then, and export what there is")

@@ -302,22 +302,19 @@ def test_all_models_are_made_in_legs_and_a_leg_goes_on_from_exported_weights(
 
 
 def test_a_run_goes_on_in_the_number_format_it_began_with(tmp_path, run, refused, monkeypatch):
-    """Which one is faster is measured, and a busy machine may measure otherwise the next time."""
-
-    def judge(name, bfloat16_is_faster, options="", start=run):
-        monkeypatch.setattr(pretrain, "bfloat16_is_faster", lambda: bfloat16_is_faster)
+    def judge(name, options="", start=run):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
         said = start(pretrain, "judge --steps 2 --batch_size 4", options, "--out", folder)
         return said if start is refused else (folder / "judge/model.safetensors").read_bytes()
 
-    whole = judge("whole", True)
-    judge("parts", True, "--minutes 0")
-    assert judge("parts", False) == whole
-    float32 = judge("float32", False)
-    assert float32 != whole and float32 == judge("asked", True, "--precision no")
-    assert "its precision was bf16" in judge("whole", True, "--precision no", start=refused)
+    whole = judge("whole", "--precision bf16")
+    judge("parts", "--precision bf16 --minutes 0")
+    assert judge("parts") == whole
+    float32 = judge("float32")
+    assert float32 != whole and float32 == judge("asked", "--precision no")
+    assert "its precision was bf16" in judge("whole", "--precision no", start=refused)
 
 
 def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(drawn, g):
