@@ -83,10 +83,13 @@ def test_a_rival_is_at_first_the_teacher_then_learns_and_draws_what_is_evaluated
     run_script("miniature.ablations", *options, cwd=tmp_path)
     assert len(dsd.read_records(out / "log.jsonl")) == 3
     guidance = {"image_guidance": 2.0, "text_guidance": 2.0, "guidance_scale": 1.0}
-    size = {"width": 32, "height": 32, "prompt_tokens": [24, 40], "steps": 2, "unguided_steps": 1}
-    args = argparse.Namespace(seed=0, rival=(kind, out), **guidance, **size)
+    size, flux = (
+        {"width": 32, "height": 32, "steps": 2, "unguided_steps": 1},
+        dsd.MINIATURE / "flux",
+    )
+    args = argparse.Namespace(seed=0, model=flux, **guidance, **size)
 
-    pipe = dsd.load_pipeline(FluxPipeline, dsd.MINIATURE / "flux", dtype=torch.float32)
+    pipe = dsd.load_pipeline(FluxPipeline, flux, dtype=torch.float32)
     x, reference, *rest = random_inputs(h=8, w=8)
     teacher = predict(pipe.transformer, x, *rest)
     new = ablations.load_rival(kind, pipe.transformer, args)
@@ -98,7 +101,7 @@ def test_a_rival_is_at_first_the_teacher_then_learns_and_draws_what_is_evaluated
     v = predict(learned, torch.cat([x, reference], 2), *rest)
     other = predict(learned, torch.cat([x, -reference], 2), *rest)
     assert (v - teacher).abs().max() > 1e-4 and (v - other).abs().max() > 1e-6
-    images = ablations.draw_rival(pipe, exams.world_cases([0], 1, 0, 32), args)
+    images = ablations.draw_rival(pipe, exams.world_cases([0], 1, 0, 32), args, kind, out)
     assert [image.size for image in images] == [(32, 32), (32, 32)]
 
 
