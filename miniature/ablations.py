@@ -226,7 +226,8 @@ def draw_rival(pipe, cases, args, kind, folder):
     if not isinstance(pipe.transformer, Rival):
         pipe.transformer = load_rival(kind, pipe.transformer, args, folder)
         pipe.tokenizer_2.model_max_length = evaluate.prompt_tokens(args.model, "panel")
-    images, prompts, seeds = zip(*[(case.image, case.prompt, case.seed) for case in cases])
+    images, prompts = [case.image for case in cases], [case.prompt for case in cases]
+    seeds = [case.seed for case in cases]
     return sample.draw_pictures(pipe, images, prompts, seeds, args, frames=1)
 
 

@@ -25,7 +25,6 @@ every weight once in bfloat16.
 import dsd
 
 import argparse
-import dataclasses
 import functools
 import math
 import unittest.mock
@@ -72,24 +71,15 @@ FLUX_1 = {  # FLUX.1-dev's sizes; what is not said is the classes' own default, 
     },
     "transformer": {},
 }
-
-
-@dataclasses.dataclass
-class Card:
-    memory: float  # GB
-    tflops: float  # that FLUX.1 reaches in bfloat16, attention included
-    bandwidth: float  # TB/s of its memory
-
-
 # Reported seconds of one pass of FLUX.1-dev at 1024 pixels, 74 TFLOP: 2.05 to 2.25 on a 3090
 # (users' reports), 0.59 on a 4090 (1.7 it/s of BFL's code, README of aredden/flux-fp8-api), 0.24 on
 # an H100 (6.71 s for 28, docs/performance/flux.md of xDiT). At 512 pixels, 22 TFLOP: 0.17 on an
 # L40S (8.71 s for 50, "Speeding up FLUX.1[dev]" at pruna.ai).
-CARDS = {
-    "3090": Card(24, 35, 0.94),
-    "4090": Card(24, 100, 1.01),
-    "L40S": Card(48, 120, 0.86),
-    "H100": Card(80, 300, 3.35),
+CARDS = {  # GB of memory, TFLOP/s that FLUX.1 reaches in bfloat16, TB/s of the memory
+    "3090": {"memory": 24, "tflops": 35, "bandwidth": 0.94},
+    "4090": {"memory": 24, "tflops": 100, "bandwidth": 1.01},
+    "L40S": {"memory": 48, "tflops": 120, "bandwidth": 0.86},
+    "H100": {"memory": 80, "tflops": 300, "bandwidth": 3.35},
 }
 BF16 = torch.bfloat16
 NF4_BYTES = (
@@ -442,19 +432,15 @@ COUNTS = {  # options that mean what they mean in the scripts
 }
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The text above as it stands, and every default."""
-
-
 def parse_args(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dsd.HelpFormatter)
     add, amount = parser.add_argument, dsd.at_least(0, float)
     add("--recipe", choices=list(RECIPES), help="options of a recipe; given ones override them")
     add("--card", choices=list(CARDS), default="4090", help="its memory and its rate")
-    add("--memory", type=amount, help="GB of the card; None: the card's")
-    add("--tflops", type=amount, help="that it reaches in these models; None: the card's")
-    add("--bandwidth", type=amount, help="TB/s of its memory; None: the card's")
-    add("--model", help="folder whose configurations give the sizes; None: FLUX.1-dev's")
+    add("--memory", type=amount, help="GB of the card; if not given, the card's")
+    add("--tflops", type=amount, help="that it reaches in these models; if not given, the card's")
+    add("--bandwidth", type=amount, help="TB/s of its memory; if not given, the card's")
+    add("--model", help="folder whose configurations give the sizes; if not given, FLUX.1-dev's")
     add("--quantize", choices=["none", "nf4"], default="none", help="of steps 1, 3 and 4")
     add("--offload", choices=["none", "model"], default="none", help="of steps 1 and 4")
     checkpointing = argparse.BooleanOptionalAction
@@ -472,7 +458,7 @@ def parse_args(given=None):
     args = parser.parse_args(given)
     if args.model and not Path(args.model).is_dir():
         raise dsd.DsdError(f"no folder {args.model}; leave --model out for FLUX.1-dev's sizes")
-    for name, value in dataclasses.asdict(CARDS[args.card]).items():
+    for name, value in CARDS[args.card].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args

@@ -169,12 +169,13 @@ def measure_seen(args):
 def held_out_change(critters, count, generator):
     """world.change_attributes, drawn again until the result is held out too. A few identities have
     no held-out neighbour at one attribute's distance: after 300 draws two attributes change."""
-    changed, tries = world.change_attributes(critters, count, generator), 0
-    while (bad := ~world.is_held_out(world.identity_number(changed))).any():
-        tries += 1
+    changed = world.change_attributes(critters, count, generator)
+    for tries in itertools.count(1):
+        bad = ~world.is_held_out(world.identity_number(changed))
+        if not bad.any():
+            return changed
         number = count[bad] if tries < 300 else count[bad].clamp(min=2)
         changed[bad] = world.change_attributes(critters[bad], number, generator)
-    return changed
 
 
 def held_out_pairs(count, generator):
@@ -275,31 +276,23 @@ COMMANDS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dsd.HelpFormatter)
     add = parser.add_argument
     add("what", choices=COMMANDS)
-    for name, text in {
-        "vlm": 'the VLM; teacher: "" measures without it',
-        "judge": "the judge",
-        "witness": "teacher: a second judge",
-        "adapter": "seen: the adapter's folder",
-    }.items():
-        add(
-            f"--{name}",
-            default=str(dsd.MINIATURE / name),
-            help=f"{text} (default: miniature/{name})",
-        )
-    add("--vae", default=dsd.MINIATURE / "flux" / "vae", help="the VAE (default: the teacher's)")
+    home = dsd.MINIATURE
+    add("--vlm", default=str(home / "vlm"), help='the VLM; teacher: "" measures without it')
+    add("--judge", default=home / "judge", help="the judge")
+    add("--witness", default=home / "witness", help="teacher: a second judge")
+    add("--adapter", default=home / "adapter", help="seen: the adapter's folder")
+    add("--vae", default=home / "flux" / "vae", help="the VAE")
     add("--through_vae", action="store_true", help="vlm: send the panels through the VAE first")
     add("--grids", type=Path, default=Path("runs/grids"), help="teacher: what it drew")
     add("--pairs", type=Path, default=Path("runs/pairs"), help="seen: what it learned from")
     add("--count", type=int, default=600, help="panels, pairs or grids")
-    add("--batch_size", type=int, default=64)
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="CPU threads (default: all)")
-    add("--out", type=Path, default=Path("runs/measure"))
+    add("--batch_size", type=int, default=64, help="vlm: pairs asked about together")
+    add("--seed", type=int, default=0, help="of what is drawn")
+    add("--threads", type=int, help="CPU threads; if not given, all")
+    add("--out", type=Path, default=Path("runs/measure"), help="folder of the JSON files")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -591,32 +591,30 @@ DECISIVE = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "shee
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dsd.HelpFormatter)
     add = parser.add_argument
     add("model", choices=COMMANDS)
-    add("--steps", type=int)
-    add("--batch_size", type=int)
-    add("--learning_rate", type=float)
-    add("--vae", help="flux: folder of its VAE, then not written (default: OUT/flux/vae)")
+    add("--steps", type=int, help="if not given, the model's own, see COMMANDS; so the next two")
+    add("--batch_size", type=int, help="panels or grids a step")
+    add("--learning_rate", type=float, help="at its highest")
+    add("--vae", help="flux: folder of its VAE, then not written; if not given, OUT/flux/vae")
     add("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
     ahead = "in this share of the sheets one panel has less noise than the others, which look at it"
     add("--ahead", type=float, default=0.0, help=f"flux: {ahead}")
     start = "a folder of such a model to go on from; of the VAE only the decoder goes on"
-    add("--start", help=f"{start} (default: from nothing)")
-    alone = "by itself, first (default: {}, or 0 with --start)"
+    add("--start", help=f"{start}; if not given, from nothing")
+    alone = "by itself, first; if not given, {}, or 0 with --start"
     add("--sight_steps", type=int, help=f"vlm: steps of the vision tower {alone.format(3000)}")
     add(
         "--word_steps", type=int, help=f"vlm, flux: steps of the language model {alone.format(600)}"
     )
     add("--compile", action="store_true", help="flux: compile the blocks (a step costs less)")
-    add("--out", type=Path, default=dsd.MINIATURE, help="folder of folders (default: miniature)")
-    add("--ema", type=float, default=0.998)
-    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=dsd.MINIATURE, help="folder of the models' folders")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights")
+    add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--precision", choices=["bf16", "no"], help="as in finetune.py; a begun run keeps its own")
-    add("--save_minutes", type=float, default=3.0)
-    add("--threads", type=int, help="CPU threads (default: all)")
+    add("--save_minutes", type=float, default=3.0, help="between checkpoints")
+    add("--threads", type=int, help="CPU threads; if not given, all")
     add("--minutes", type=float, default=math.inf, help="stop then, and export what there is")
     return parser.parse_args()
 
