@@ -329,7 +329,7 @@ BROKEN = [
     ("sample", f"adapter/{ADAPTER}", WIDER_LAYER, f"{ADAPTER} does not fit this model"),
     ("sample", f"adapter/{ADAPTER}", MORE_BLOCKS, f"{ADAPTER} does not fit this model"),
     ("sample", f"adapter/{ADAPTER}", ONLY_LORA, "ordinary LoRA"),
-    ("sample", f"adapter/{ADAPTER}", NOT_FINITE, "not finite"),
+    ("sample", f"adapter/{ADAPTER}", NOT_FINITE, "its weights are not finite"),
     ("sample", f"adapter/{ADAPTER}", facts([]), f"{ADAPTER} does not fit this model"),
     ("sample", f"adapter/{ADAPTER}", facts({"width": [32]}), f"{ADAPTER} does not fit this model"),
     ("sample", f"adapter/{ADAPTER}", facts({"frames": 3}), f"{ADAPTER} does not fit this model"),
