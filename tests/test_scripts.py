@@ -453,6 +453,17 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
     assert dsd.read_json(folder / "summary.json")["yes"] == 2
 
 
+def test_a_grid_behind_which_another_picture_lies_is_asked_about_again(curated, step, tmp_path):
+    folder, start = curated
+    before = written(folder)
+    make_image_grid(PANELS["subject"][::-1], 2, 2).save(tmp_path / "subject.png")
+    step(*start)
+    after = written(folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert "transcripts/000000.json" in changed and "images/000000_0.png" in changed
+    assert not any("000001" in name for name in changed)
+
+
 def test_a_panel_that_was_deleted_is_cut_again_without_a_model(curated, step, monkeypatch):
     folder, start = curated
     before = written(folder)
