@@ -198,15 +198,16 @@ def gutter_depth(lines, colour):
 
 
 def without_gutters(lines, parts):
-    """A grid's lines (n, pixels, 3) without gutters, which many models draw, between its panels.
+    """A grid's lines (n, pixels, 3) without the gutters that many models draw between the panels,
+    and without a frame of their colour.
 
     Where a gutter covers a part of a panel, mirrored lines take its place: the scale stays."""
     if parts == 1:
         return lines
     side = len(lines) // parts
-    starts, ends = [0], []
+    reach = side // 8 + 1
+    starts, ends = [], []
     for seam in range(side, side * parts, side):
-        reach = side // 8 + 1
         colour = numpy.median(lines[seam - 1 : seam + 1], axis=(0, 1))  # (3,), of both panels
         before = gutter_depth(lines[seam - reach : seam][::-1], colour)
         after = gutter_depth(lines[seam : seam + reach], colour)
@@ -214,14 +215,15 @@ def without_gutters(lines, parts):
             return lines
         ends.append(seam - before)
         starts.append(seam + after)
-    ends.append(len(lines))
-    side -= side % 8
+    starts.insert(0, gutter_depth(lines[:reach], colour))
+    ends.append(len(lines) - gutter_depth(lines[-reach:][::-1], colour))
+    whole = side - side % 8
     panels = []
     for k, (start, end) in enumerate(zip(starts, ends)):
-        lost = max(side - (end - start), 0)
-        first = lost * k // (parts - 1)  # the first panel lost its last lines
+        lost = max(whole - (end - start), 0)
+        first = min(start - k * side, lost)  # of the lost lines, those before the panel
         padding = (first, lost - first), (0, 0), (0, 0)
-        panels.append(numpy.pad(lines[start:end], padding, mode="reflect")[:side])
+        panels.append(numpy.pad(lines[start:end], padding, mode="reflect")[:whole])
     return numpy.concatenate(panels)
 
 

@@ -202,13 +202,14 @@ PANELS = [critter(7, [scene, 0, light]) for scene, light in ((0, 0), (3, 1), (5,
 
 
 @pytest.mark.parametrize("colour", ["white", "black", (128, 90, 70)])
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
-def test_gutters_are_taken_out(width, colour):
+@pytest.mark.parametrize("width, frame", [(2, 0), (3, 0), (4, 0), (8, 0), (2, 1), (3, 1), (4, 2)])
+def test_gutters_are_taken_out(width, frame, colour):
     """Drawn between panels they leave them as they were; over them, a few pixels are lost."""
-    size = 32 * 2 + width
+    size = 32 * 2 + width + 2 * frame
     spread = Image.new("RGB", (size, size), colour)
     for k, panel in enumerate(PANELS):
-        spread.paste(panel, (k % 2 * (32 + width), k // 2 * (32 + width)))
+        x, y = frame + k % 2 * (32 + width), frame + k // 2 * (32 + width)
+        spread.paste(panel, (x, y))
     apart = curate.cut_panels(spread, 2, 2)
     assert all(difference(*pair) == 0 for pair in zip(apart, PANELS, strict=True))
     grid = make_image_grid(PANELS, 2, 2)
