@@ -590,6 +590,11 @@ COMMANDS = {
 DECISIVE = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "sheets", "precision"
 
 
+def from_now(minutes):
+    """The time, in seconds as time.time() has it, in so many minutes."""
+    return time.time() + 60 * float(minutes)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=dsd.HelpFormatter)
     add = parser.add_argument
@@ -604,18 +609,22 @@ def parse_args():
     start = "a folder of such a model to go on from; of the VAE only the decoder goes on"
     add("--start", help=f"{start}; if not given, from nothing")
     alone = "by itself, first; if not given, {}, or 0 with --start"
+    add("--done", type=int, default=0, help="steps of --steps that --start has learned already")
     add("--sight_steps", type=int, help=f"vlm: steps of the vision tower {alone.format(3000)}")
     add(
         "--word_steps", type=int, help=f"vlm, flux: steps of the language model {alone.format(600)}"
     )
     add("--compile", action="store_true", help="flux: compile the blocks (a step costs less)")
     add("--out", type=Path, default=dsd.MINIATURE, help="folder of the models' folders")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--precision", choices=["bf16", "no"], help="as in finetune.py; a begun run keeps its own")
     add("--save_minutes", type=float, default=3.0, help="between checkpoints")
     add("--threads", type=int, help="CPU threads; if not given, all")
-    add("--minutes", type=float, default=math.inf, help="stop then, and export what there is")
+    minutes = {"dest": "deadline", "type": from_now, "default": math.inf, "metavar": "MINUTES"}
+    add("--minutes", **minutes, help="stop after so many, and export what there is")
     return parser.parse_args()
 
 
@@ -641,8 +650,6 @@ def run(args):
 
 def main():
     args = parse_args()
-    args.done, args.device = 0, "cuda" if torch.cuda.is_available() else "cpu"
-    args.deadline = time.time() + args.minutes * 60
     if args.threads:
         torch.set_num_threads(args.threads)
     run(args)
