@@ -1,8 +1,9 @@
 """Step 2 (paper section 3.2): a vision-language model keeps the pairs that show the same subject.
 
-The grids of step 1 are cut into panels. A vision-language model (VLM) is asked about each two
-panels in a chain of thought: name the common subject, describe it in each image, compare part by
-part, then give a one-word verdict. The targets of accepted pairs are captioned.
+The grids of step 1 are cut into panels, without gutters where a model drew them. A vision-language
+model (VLM) is asked about each two panels in a chain of thought: name the common subject, describe
+it in each image, compare part by part, then give a one-word verdict. The targets of accepted pairs
+are captioned.
 
     python curate.py                                                   # the miniature, on any CPU
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8  # a GPU of 24 GB or more
