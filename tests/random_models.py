@@ -1,4 +1,4 @@
-"""Small folders in FLUX.1's and Qwen2.5-VL's own form, with random weights: all but the download.
+"""Small folders in FLUX.1's and Qwen2.5-VL's own form, with random weights, and a chat model.
 
 The layouts are those of the hub: CLIP's tokenizer from vocab.json and merges.txt, T5's from
 tokenizer.json, a VAE of factor 8, text encoders of two widths; FLUX.1-dev with a guidance embedding
@@ -9,10 +9,14 @@ import dsd
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -122,3 +126,23 @@ def make_qwen(folder):
     processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=QWEN_TEMPLATE)
     processor.save_pretrained(folder)
     return folder
+
+
+def make_chat_model(folder, answer):
+    """A Llama that always says the same: its next word follows from the last one alone.
+
+    `answer` has an odd number of words, none of them twice."""
+    words = ["<answer>", *answer.split(), "<unk>", "</s>"]
+    n = len(words)
+    numbers = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %} <answer>{% endif %}"
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    size = {"vocab_size": n, "hidden_size": n, "intermediate_size": n, "num_attention_heads": 1}
+    ends = {"eos_token_id": n - 1, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=0, **size, **ends))
+    model.model.embed_tokens.weight.data = torch.eye(n)
+    model.lm_head.weight.data = 99 * torch.eye(n).roll(1, 0)
+    model.save_pretrained(folder)

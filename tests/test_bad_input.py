@@ -23,14 +23,13 @@ from conftest import (
 )
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageCms, PngImagePlugin
+from random_models import make_chat_model
 from safetensors.torch import load, save
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import curate
 import finetune
 import generate_grids
 import sample
-from miniature import models
 
 MODELS = "generate_grids finetune sample"  # the scripts that have a --model
 TRACE = Path(tempfile.gettempdir()) / f"unpickled-{os.getpid()}"
@@ -69,15 +68,6 @@ def save_narrow_adapter(folder, rank=2):
     dsd.save_adapter(give_random_weights(student), folder, {})
 
 
-def save_chat_model(folder):
-    tokenizer = models.vlm_tokenizer(["a", "fox"])
-    tokenizer.chat_template = models.VLM_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **size)
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, pairs):
     """A folder of things that can be used, and of a few that cannot, to which no test does harm."""
@@ -102,7 +92,7 @@ def given(tmp_path_factory, pairs):
     (folder / "utf-16.txt").write_text(line, encoding="utf-16")
     (folder / "latin-1.txt").write_bytes(b"a f\xf6x | a | b | c | d\n")
     save_narrow_adapter(folder / "narrow")
-    save_chat_model(folder / "chat")
+    make_chat_model(folder / "chat", "a red fox")
     shutil.copytree(pairs, folder / "odd")
     for file in (folder / "odd" / "images").iterdir():
         critter(7, [1, 0, 0]).resize((36, 36)).save(file)

@@ -207,19 +207,22 @@ def test_the_released_layout_gives_the_velocity_of_its_two_embedders_summed(tmp_
 
 
 @pytest.mark.parametrize(
-    "missing", ["c_embedder.weight", "c_embedder.bias", "proj_out.weight", "nothing, too wide"]
+    "missing, heads",
+    [
+        ("c_embedder.weight", 2),
+        ("c_embedder.bias", 2),
+        ("proj_out.weight", 2),
+        ("nothing, but it is of another width", 3),
+        ("everything", 2),
+    ],
 )
-def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(missing, tmp_path):
-    released(tmp_path, heads=3 if missing == "nothing, too wide" else 2)
+def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(missing, heads, tmp_path):
+    released(tmp_path, heads)
     for file in tmp_path.glob("transformer/*"):
-        edit(file, lambda old: {name: old[name] for name in old if missing not in name})
-    with pytest.raises(dsd.DsdError, match="^[^\n]*not a released DSD transformer[^\n]*$"):
-        dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
-
-
-def test_a_released_layout_of_garbage_is_an_error_of_one_line(tmp_path):
-    released(tmp_path)
-    (tmp_path / "transformer" / "model-1-of-2.safetensors").write_bytes(b"?")
+        if missing == "everything":
+            file.write_bytes(b"?")
+        else:
+            edit(file, lambda old: {name: old[name] for name in old if missing not in name})
     with pytest.raises(dsd.DsdError, match="^[^\n]*not a released DSD transformer[^\n]*$"):
         dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
 

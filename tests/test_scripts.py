@@ -12,10 +12,9 @@ from conftest import critter, difference, noise_image, pictures, predict, writte
 from diffusers import FluxTransformer2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
+from random_models import make_chat_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import curate
 import finetune
@@ -293,26 +292,8 @@ SETTINGS = ["on sand", "under snow", "in libraries", "aboard boats"]
 ANSWER = json.dumps({"subject": "a red robot", "settings": SETTINGS})  # no word occurs twice
 
 
-def make_chat_model(folder):
-    """A Llama whose next word follows from the last one alone: it answers with ANSWER."""
-    words = ["<answer>", *ANSWER.split(), "<unk>", "</s>"]
-    n = len(words)
-    numbers = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %} <answer>{% endif %}"
-    special = {"eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
-    size = {"vocab_size": n, "hidden_size": n, "intermediate_size": n, "num_attention_heads": 1}
-    ends = {"eos_token_id": n - 1, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=0, **size, **ends))
-    model.model.embed_tokens.weight.data = torch.eye(n)
-    model.lm_head.weight.data = 99 * torch.eye(n).roll(1, 0)
-    model.save_pretrained(folder)
-
-
 def test_a_chat_model_invents_subjects_and_its_answers_are_kept(tmp_path, step, monkeypatch):
-    make_chat_model(tmp_path / "llm")
+    make_chat_model(tmp_path / "llm", ANSWER)
     out = tmp_path / "grids"
     draw = generate_grids, "--llm", tmp_path / "llm", "--out", out, "--steps 1"
     step(*draw, "--count 1")
