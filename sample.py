@@ -177,7 +177,7 @@ def main():
         "sample",
         changeable=["batch_size", "offload"],
         adapter_sha256=dsd.digest(dsd.adapter_file(args.adapter)),
-        image={file: dsd.digest(file) for file in references},
+        image=[(dsd.name_of(file), dsd.digest(file)) for file in references],
     )
     details = enhance(args, references) if args.enhance else {}
     cases = all_cases(args, references, details)

@@ -215,6 +215,14 @@ def test_the_logged_loss_is_the_mean_over_the_accumulated_batches(pipe, encoded,
     assert dsd.read_records(tmp_path / "log.jsonl") == [pytest.approx(wanted, abs=1e-4)]
 
 
+def test_an_environment_for_other_trainers_changes_nothing(step, tmp_path, monkeypatch):
+    for out in ("plain", "set"):
+        step(finetune, "--steps 2 --validation_grids 0 --out", tmp_path / out)
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    plain, changed = (tmp_path / out / dsd.ADAPTER_FILE for out in ("plain", "set"))
+    assert plain.read_bytes() == changed.read_bytes()
+
+
 def test_no_two_micro_batches_are_alike(tmp_path, step, monkeypatch):
     seen = []
 
@@ -469,7 +477,7 @@ def draw(step, tmp_path):
 
 
 def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportions(
-    copied, reference, tmp_path, draw
+    copied, reference, tmp_path, step, draw
 ):
     (tmp_path / "in").mkdir()
     shutil.copy(reference, tmp_path / "in" / "a.png")
@@ -480,6 +488,11 @@ def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportio
     for fit in ("crop", "pad"):
         told = draw(*options, f"--fit {fit}", out=fit)
         assert [t["text"] for t in told] == ["a a in space", "a b in space"]
+
+    # in another order they are other pictures
+    files = [tmp_path / "in" / name for name in ("b.jpg", "a.png")]
+    again = "--prompt 'a {name} in space' --steps 1 --seed 0 --out", tmp_path / "crop"
+    assert "another run" in step(sample, *again, *options[:2], "--image", *files, code=2).err
 
     def change(file):  # from cropped to padded
         return difference(*(dsd.open_image(tmp_path / fit / file) for fit in ("crop", "pad")))
