@@ -274,7 +274,9 @@ def validate(pipe, held_out, null_text, args, step):
     Pairs, noise and noise levels are the same at every step, so that losses can be compared."""
     device, generator = pipe.transformer.device, torch.Generator().manual_seed(0)
     chosen = random.Random(0).sample(held_out, min(24, len(held_out)))
-    settings = {name: getattr(args, name) for name in ("frames", *SCALES)} | {"steps": 20}
+    own = 20 if pipe.scheduler.config.use_dynamic_shifting else 4  # FLUX.1-schnell
+    settings = {name: getattr(args, name) for name in ("frames", *SCALES)}
+    settings["steps"] = dsd.folder_settings(args.model, "sample").get("steps", own)
     losses, rows = 0, []
     for i in range(0, len(chosen), args.batch_size):
         part = chosen[i : i + args.batch_size]

@@ -237,6 +237,19 @@ def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_pat
     assert difference(pictures("sequential"), plain) <= 1
 
 
+def test_validation_draws_with_the_models_own_steps(model, pairs, tmp_path, run, monkeypatch):
+    asked = []
+
+    def sample_edit(*args, steps, **more):
+        asked.append(steps)
+        return [noise_image(32, 32)]
+
+    monkeypatch.setattr(dsd, "sample_edit", sample_edit)
+    options = "--steps 1 --rank 2 --batch_size 1", "--model", model, "--pairs", pairs
+    run(finetune, *options, "--out", tmp_path)
+    assert set(asked) == {20 if "dev" in model.name else 4}
+
+
 def test_training_in_4_bits_goes_on_with_its_moments_of_8_bits(
     bitsandbytes, dev, pairs, tmp_path, run, monkeypatch
 ):
