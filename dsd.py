@@ -24,6 +24,10 @@ import textwrap
 import warnings
 from pathlib import Path
 
+if sys.excepthook is sys.__excepthook__:  # Ctrl-C during the imports: an end without a traceback
+    show = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show(kind, *rest)
+
 import diffusers
 import matplotlib
 import numpy
@@ -384,9 +388,6 @@ def load_released_transformer(transformer, folder):
 
 # ================================================================================================
 # The method ends here. What follows is housekeeping: models, options, files, pictures.
-# ================================================================================================
-
-
 # ---- models ------------------------------------------------------------------------------------
 def weight_dtype():
     """The number format of models: bfloat16 on a GPU that has it natively, else float32."""
@@ -407,7 +408,7 @@ def check_model(model, *sides):
     """Refuse, from its configuration alone, a model that is not FLUX.1, and a picture whose sides
     (in pixels) are not whole numbers of tokens."""
     check_here(model)
-    with explained(f"{model}: not a FLUX model in diffusers' form, or not all of it"):
+    with explained(f"{model}: not a FLUX.1 text-to-image model in diffusers' form, or not all"):
         name = diffusers.FluxPipeline.load_config(model)["_class_name"]
         config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
         vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
@@ -630,7 +631,7 @@ def open_out(args, script, changeable, **more):
     another one is refused, like a folder in use. Of several processes the main one does this."""
     lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
     run = {"step": script, **vars(args), **more}
-    for name in run.keys() & {"model", "vlm", "llm", "adapter"}:
+    for name in run.keys() & {"model", "vlm", "llm", "enhance", "adapter"}:
         run[name] = run[name] and name_of(run[name])
     run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
     run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
@@ -658,8 +659,7 @@ def open_out(args, script, changeable, **more):
 
 @contextlib.contextmanager
 def writing(path):
-    """`with writing(path) as part:` fill the file `part`, which then replaces `path`: so that it is
-    whole or absent."""
+    """`with writing(path) as part:` fill the file `part`, which then replaces `path` as a whole."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     full = OSError, SafetensorError, RuntimeError  # the last is torch.save's
@@ -732,15 +732,15 @@ def open_image(path):
                 raise ValueError("32 bits a pixel")
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+            own = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode != "CMYK":
-                image = image.convert("RGB")
-            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # none, damaged, of other modes
-                given = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-                srgb = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
+            for mode in (own, "RGB"):  # a profile of greys fits greys only
+                image, icc = image.convert(mode), io.BytesIO(profile or b"")
+                with contextlib.suppress(ImageCms.PyCMSError, OSError):  # none, or damaged
+                    srgb = ImageCms.createProfile("sRGB")
+                    return ImageCms.profileToProfile(image, icc, srgb, outputMode="RGB")
             return image.convert("RGB")
 
 

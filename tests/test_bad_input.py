@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -162,8 +163,8 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     (MODELS, "--model nowhere", "no model folder nowhere"),
     (MODELS, "--model empty/none", "no model folder empty/none"),
     (MODELS, "--model good.png", "no model folder good.png"),
-    (MODELS, "--model chat", "chat: not a FLUX model"),
-    (MODELS, "--model empty", "empty: not a FLUX model"),
+    (MODELS, "--model chat", "chat: not a FLUX.1 text-to-image model"),
+    (MODELS, "--model empty", "empty: not a FLUX.1 text-to-image model"),
     ("generate_grids", "--model 'pickled model'", "cannot load pickled model"),
     ("generate_grids", "--llm nowhere", "no model folder nowhere"),
     ("generate_grids", "--llm empty", "--llm empty ... not a chat model"),
@@ -227,6 +228,23 @@ def test_a_wrong_command_in_a_process_of_its_own(tmp_path):
     assert printed.count("\n") == 2 and not list(tmp_path.iterdir())
 
 
+def test_a_launchers_variables_without_an_address_are_named(given, tmp_path, monkeypatch):
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("SIZE", 2)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    _, printed = run_script("sample.py", SCRIPTS["sample"][1], cwd=given, code=2)
+    assert "RANK, WORLD_SIZE and so on are set: use accelerate launch" in printed
+    assert printed.count("\n") == 2
+
+
+def test_without_a_compiler_nothing_is_encoded(check, tmp_path, monkeypatch):
+    def fail(function):
+        raise RuntimeError("No working C++ compiler found\nin torch._inductor.config.cpp.cxx")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    check("finetune", "--compile needs a C++ compiler ... No working C++ compiler", "--compile")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_defaults_needs_what_it_does_not_bring(check, given, tmp_path, refused):
     model = tmp_path / "model"
     shutil.copytree(given / "flux", model, ignore=shutil.ignore_patterns("dsd.json"))
@@ -270,6 +288,7 @@ PAIR = {
 }
 OTHER_PIPELINE = b'{"_class_name": "StableDiffusionPipeline"}'
 KONTEXT = b'{"_class_name": "FluxKontextPipeline"}'
+FLUX_2 = b'{"_class_name": "Flux2Pipeline"}'
 OPTIONS = {  # of the things that are broken
     "flux": "--model",
     "vlm": "--vlm",
@@ -292,9 +311,10 @@ BROKEN = [
     ("sample", "good.png", cut, "good.png: not an image that can be read"),
     ("sample", "good.png", flip_a_checksum, "good.png: not an image that can be read"),
     # models
-    (MODELS, "flux/model_index.json", KONTEXT, "flux: not a FLUX model"),
-    (MODELS, "flux/model_index.json", OTHER_PIPELINE, "flux: not a FLUX model"),
-    (MODELS, "flux/transformer/config.json", b'{"in_channels": 384}', "flux: not a FLUX model"),
+    (MODELS, "flux/model_index.json", KONTEXT, "flux: not a FLUX.1 text-to-image model"),
+    (MODELS, "flux/model_index.json", FLUX_2, "flux: not a FLUX.1 text-to-image model"),
+    (MODELS, "flux/model_index.json", OTHER_PIPELINE, "flux: not a FLUX.1 text-to-image model"),
+    (MODELS, "flux/transformer/config.json", b'{"in_channels": 384}', "FLUX.1 has 64"),
     ("generate_grids", "flux/tokenizer_2", None, "cannot load ... flux"),
     ("generate_grids", "flux/transformer/*.safetensors", cut, "cannot load ... flux"),
     ("generate_grids", "flux/transformer/*.safetensors", BOMB, "cannot load ... flux"),
@@ -517,45 +537,73 @@ def test_a_run_whose_own_files_are_damaged_stops_and_changes_nothing(
 
 # ---- unusual, and used correctly -----------------------------------------------------------------
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-GREEN, GREY = (0, 255, 0), (128, 128, 128)
+GREY = 128, 128, 128
 
 
-def swapped_profile():
-    """The profile of a screen whose red is sRGB's green."""
+def profile(primaries=(), gamma=None):
+    """sRGB's colour profile with other primaries (red, green, blue in XYZ), or another gamma."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, green = data.index(b"rXYZ") + 4, data.index(b"gXYZ") + 4  # where these tags' places stand
-    data[red : red + 4], data[green : green + 4] = data[green : green + 4], data[red : red + 4]
+    for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries):
+        entry = data.index(tag) + 4  # in the table of tags: where the tag's data begin
+        place = int.from_bytes(data[entry : entry + 4]) + 8
+        data[place : place + 12] = struct.pack(">3i", *[round(2**16 * value) for value in xyz])
+    if gamma:
+        curve = data.index(b"para") + 8
+        data[curve : curve + 8] = struct.pack(">HHi", 0, 0, round(2**16 * gamma))
     return bytes(data)
 
 
-def two_colours(mode="RGB"):
+def two_colours(left=RED, right=BLUE, mode="RGB"):
     """Red on the left, blue on the right, large enough for lossy formats."""
-    image = Image.new("RGB", (64, 32), RED)
-    image.paste(BLUE, (32, 0, 64, 32))
+    image = Image.new("RGB", (64, 32), left)
+    image.paste(right, (32, 0, 64, 32))
     return image.convert(mode)
 
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # a quarter clockwise makes it upright
 ANIMATED = {"save_all": True, "append_images": [Image.new("P", (64, 32))]}
-SWAPPED = swapped_profile()
+DISPLAY_P3 = profile(
+    [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)]
+)
+ADOBE_RGB = profile(
+    [(0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)], gamma=2.199
+)
+LINEAR_GREY = profile(gamma=1).replace(b"RGB XYZ ", b"GRAYXYZ ").replace(b"rTRC", b"kTRC")
 LONG_TEXT = PngImagePlugin.PngInfo()
 LONG_TEXT.add_text("workflow", "x" * 5_000_000, zip=True)
 GREY_16_BITS = Image.new("I;16", (64, 32), 32896)
 ON_ITS_SIDE = two_colours().rotate(90, expand=True)
 UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at the right
-    ("grey.png", two_colours("L"), {}, (76, 76, 76), (29, 29, 29)),
-    ("palette.png", two_colours("P"), {}, RED, BLUE),
+    ("grey.png", two_colours(mode="L"), {}, (76, 76, 76), (29, 29, 29)),
+    ("palette.png", two_colours(mode="P"), {}, RED, BLUE),
     ("transparent.png", Image.new("RGBA", (64, 32)), {}, WHITE, WHITE),
-    ("CMYK.jpg", two_colours("CMYK"), {"quality": 100}, RED, BLUE),
+    ("CMYK.jpg", two_colours(mode="CMYK"), {"quality": 100}, RED, BLUE),
     ("16 bits.png", GREY_16_BITS, {}, (128, 128, 128), (128, 128, 128)),
     ("turned by EXIF.jpg", ON_ITS_SIDE, {"quality": 100, "exif": TURNED}, RED, BLUE),
-    ("animated.gif", two_colours("P"), ANIMATED, RED, BLUE),
+    ("animated.gif", two_colours(mode="P"), ANIMATED, RED, BLUE),
     ("one pixel.png", Image.new("RGB", (1, 1), RED), {}, RED, RED),
     ("1x10000.png", Image.new("RGB", (1, 10_000), BLUE), {}, BLUE, BLUE),
     ("misnamed.bmp", two_colours(), {"format": "PNG"}, RED, BLUE),
-    ("with a profile.png", Image.new("RGB", (64, 32), RED), {"icc_profile": SWAPPED}, GREEN, GREEN),
-    ("damaged profile.png", two_colours(), {"icc_profile": SWAPPED[:200]}, RED, BLUE),
+    ("P3.png", two_colours((234, 51, 35), (0, 0, 245)), {"icc_profile": DISPLAY_P3}, RED, BLUE),
+    ("Adobe.png", two_colours((219, 0, 0), (0, 0, 250)), {"icc_profile": ADOBE_RGB}, RED, BLUE),
+    ("linear.png", Image.new("L", (64, 32), 55), {"icc_profile": LINEAR_GREY}, GREY, GREY),
+    (
+        "linear LA.png",
+        Image.new("LA", (64, 32), (55, 255)),
+        {"icc_profile": LINEAR_GREY},
+        GREY,
+        GREY,
+    ),
+    ("profile of greys.png", two_colours(), {"icc_profile": LINEAR_GREY}, RED, BLUE),
+    ("damaged profile.png", two_colours(), {"icc_profile": DISPLAY_P3[:200]}, RED, BLUE),
+    (
+        "profile of 3 MB.png",
+        two_colours(),
+        {"icc_profile": profile() + bytes(3_000_000)},
+        RED,
+        BLUE,
+    ),
     ("16 bits, the other end first.tiff", Image.new("I;16B", (64, 32), 32896), {}, GREY, GREY),
     ("5 MB of text.png", two_colours(), {"pnginfo": LONG_TEXT}, RED, BLUE),
     ("a camera's.jfif", two_colours(), {"format": "JPEG", "quality": 100}, RED, BLUE),

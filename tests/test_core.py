@@ -208,6 +208,18 @@ def test_a_console_without_a_names_letters_shows_their_codes():
     assert (done.stdout, done.stderr) == ("\\u732b.png\n", "")  # and no notices of the libraries
 
 
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(tmp_path):
+    for library in ("diffusers", "huggingface_hub"):
+        (tmp_path / f"{library}.py").write_text("raise KeyboardInterrupt")
+        done = subprocess.run(
+            [sys.executable, ROOT / "sample.py"],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+        )
+        assert done.returncode != 0 and done.stderr == b""
+        (tmp_path / f"{library}.py").unlink()
+
+
 def test_records_come_back_as_they_were_written(tmp_path):
     file, text = tmp_path / "some" / "records.jsonl", 'zwölf\u2028Boxkämpfer\nund "mehr"'
     records = [{"a": 1, "text": text}, {"text": "", "b": [1, 2.5, None]}]
@@ -255,6 +267,24 @@ def test_an_output_folder_is_for_one_run_once_something_is_written(tmp_path):
     begin(steps=3, count=4)
     with pytest.raises(dsd.DsdError, match="another run or other files .its steps was 3."):
         begin(steps=2)
+
+
+def test_a_model_named_in_another_way_is_the_same_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model", "model/", "./model", "../" + tmp_path.name + "/model"):
+        model = f"{tmp_path}/{name}"
+        args = argparse.Namespace(out=tmp_path / "out", model=model, enhance=model)
+        dsd.open_out(args, "sample", changeable=[]).release()
+        dsd.write_json(tmp_path / "out" / "result.json", {})
+
+
+def test_a_file_system_without_locks_is_named_with_its_path(tmp_path, monkeypatch):
+    def acquire(lock, blocking):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(dsd.FileLock, "acquire", acquire)
+    with pytest.raises(dsd.DsdError, match=f"cannot lock {tmp_path}/.lock .*No locks available"):
+        dsd.open_out(argparse.Namespace(out=tmp_path), "sample", changeable=[])
 
 
 def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatch):
