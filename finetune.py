@@ -253,8 +253,6 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         optimizer.step()
         optimizer.zero_grad()
         log.append({"step": step, "loss": loss, "frame_1": frame_1, "frame_2": frame_2})
-        shown = f"frame_1={frame_1:.3f}, frame_2={frame_2:.3f}, saved={saved}"
-        bar.set_postfix_str(shown, refresh=False)
         done, last = step + 1, step + 1 == args.steps
         if main_process and held_out and (last or done % args.validate_every == 0):
             with accelerator.autocast():
@@ -262,6 +260,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         if main_process and not last and done % args.save_every == 0:
             save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
             saved = done
+        shown = f"frame_1={frame_1:.3f}, frame_2={frame_2:.3f}, saved={saved}"
+        bar.set_postfix_str(shown, refresh=False)
     if main_process:  # also when a finished run is started again: a lost file is written anew
         save_checkpoint(pipe.transformer, parameters, optimizer, log, args)
     return log

@@ -88,6 +88,7 @@ def all_cases(args, files, details):
         text = prompt.replace("{name}", Path(file).stem.replace("_", " "))
         if details.get(file):
             text = f"{text}, {details[file]}"
+        text = text.encode(errors="replace").decode()  # of a file's name that is not UTF-8
         cases.append({"image": file, "prompt": prompt, "seed": seed, "text": text})
     return cases
 

@@ -255,7 +255,8 @@ def test_a_stopped_run_can_be_sampled(step, draw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune, "learning_rate_share", stop)
     stopped = "\nstopped; the same command goes on from what is saved"
-    step(finetune, "--save_every 2", "--out", tmp_path / "adapter", code=stopped)
+    said = step(finetune, "--save_every 2", "--out", tmp_path / "adapter", code=stopped).err
+    assert "saved=2" in said.splitlines()[-1]  # the bar names the step
     assert draw("--adapter", tmp_path / "adapter")
 
 
@@ -498,6 +499,13 @@ def test_sample_takes_a_folder_of_pictures_the_adapters_file_and_other_proportio
         return difference(*(dsd.open_image(tmp_path / fit / file) for fit in ("crop", "pad")))
 
     assert change("0000.png") > 0 and change("0001.png") == 0  # the second one is square
+
+
+def test_a_files_name_may_be_none_in_utf_8():
+    args = types.SimpleNamespace(prompt=["a {name} in space"], seed=[0])
+    name = b"caf\xe9.png".decode(errors="surrogateescape")  # as a system hands it over
+    (case,) = sample.all_cases(args, [name], {})
+    assert case["text"] == "a caf? in space"
 
 
 def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(copied, tmp_path, draw):
