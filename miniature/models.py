@@ -174,7 +174,7 @@ def make_flux(vae):
 def grammar():
     """The prompts of grids. They name shape and ears, no details. A setting opens with a pose."""
     opening = world.SHEET_OPENINGS[2, 2][0]
-    opposite = opening.replace("the same", "other")
+    opposite = world.opposite(opening)
     scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
     shapes, ears = (range(len(world.IDENTITY[name])) for name in ("shape", "ears"))
     nouns = [world.noun(pair) for pair in itertools.product(shapes, ears)]
@@ -205,7 +205,7 @@ def flux_settings():
             "guidance_scale": 1.0,
             "true_cfg_scale": 3.0,
             "negative": False,
-            "agreement": 0.0,
+            "agreement": 1.0,
             "panel_tokens": TOKENS[1, 1],
             "grammar": grammar(),
         },

@@ -301,7 +301,7 @@ class Teacher(torch.nn.Module):
         )
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
         ahead = draw_ahead(sheets.panel, n, args.ahead, generator).to(device)  # (n, N)
-        less = (sigma * torch.rand(n, generator=generator)).to(device)
+        less = (sigma * (1 + torch.rand(n, generator=generator)) / 2).to(device)
         sigma = sigma.to(device)
 
         x_sigma = dsd.interpolate(x_0, eps, sigma)
@@ -321,7 +321,8 @@ class Teacher(torch.nn.Module):
 
 def draw_ahead(panel, n, share, generator):
     """Which tokens (n, N) have less noise than the others and are left out of the loss: in a share
-    of the sheets those of one panel. The other panels learn to look at it."""
+    of the sheets those of one panel. The other panels learn to look at it. It never has less than
+    half of their noise: FLUX has not seen a clean panel beside noisy ones either."""
     panels = panel.max().item() + 1
     if not share or panels == 1:
         return torch.zeros(n, len(panel), dtype=torch.bool)

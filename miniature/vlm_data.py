@@ -137,7 +137,7 @@ def attribute_words(row):
 def describe(row):
     """What curation compares: "round cat-eared vivid blue, red stripes, two eyes"."""
     word = attribute_words(row)
-    body = f"{word['shape']} {word['ears']} {word['tone']} {word['colour']}"
+    body = f"{word['shape']} {word['ears']} {word['colour']}"
     eyes = f"{word['eyes']} {'eye' if word['eyes'] == 'one' else 'eyes'}"
     return f"{body}, {word['trim']} {word['pattern']}, {eyes}"
 
@@ -248,7 +248,7 @@ class Lessons(torch.nn.Module):
         self.heads = torch.nn.Sequential(
             torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes))
         )
-        dull = "subject image shape ears colour tone scene outfit light pose compare verdict score"
+        dull = "subject image shape ears colour scene outfit light pose compare verdict score"
         weights = {  # of words in the loss
             f"{dull} a the : , . \n": 0.2,
             "same different": 3.0,

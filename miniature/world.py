@@ -16,23 +16,24 @@ import torch
 import torch.nn.functional as F
 
 # ---- what a critter can be -----------------------------------------------------------------------
-COLOURS = {
-    "red": (0.90, 0.16, 0.14),
-    "orange": (0.98, 0.55, 0.10),
-    "yellow": (0.96, 0.90, 0.22),
-    "green": (0.22, 0.72, 0.22),
-    "teal": (0.10, 0.74, 0.72),
-    "blue": (0.18, 0.34, 0.92),
-    "purple": (0.56, 0.22, 0.82),
-    "pink": (0.98, 0.48, 0.74),
+COLOURS = {  # any two are told apart at a glance, in every light: at least 0.38 apart in RGB
+    "red": (0.86, 0.10, 0.14),
+    "orange": (1.00, 0.50, 0.00),
+    "yellow": (1.00, 0.92, 0.15),
+    "green": (0.15, 0.62, 0.20),
+    "teal": (0.10, 0.80, 0.78),
+    "blue": (0.12, 0.25, 0.88),
+    "purple": (0.52, 0.16, 0.70),
+    "pink": (1.00, 0.50, 0.80),
+    "white": (0.97, 0.97, 0.97),
+    "brown": (0.42, 0.24, 0.12),
 }
 IDENTITY = {  # attribute -> its values; their order is the order of the columns everywhere
     "shape": ["round", "square", "tall", "pear-shaped", "triangular", "ghostly"],
     "ears": ["earless", "cat-eared", "bunny-eared", "horned", "antennaed"],
     "colour": list(COLOURS),
-    "tone": ["vivid", "pale", "dark"],
-    "second": list(COLOURS),  # never equal to the main colour
-    "pattern": ["plain", "stripes", "dots", "belly"],
+    "second": list(COLOURS),  # of ears, feet and pattern; never equal to the main colour
+    "pattern": ["plain", "belly", "trousers", "hood", "side"],  # the area of the second colour
     "eyes": ["one", "two", "three"],
 }
 CONTEXT = {  # the words are the prompt's
@@ -56,11 +57,11 @@ NAMED = 2  # attributes that the prompt names: shape and ears
 RADIX = [len(values) - (name == "second") for name, values in IDENTITY.items()]
 N_IDENTITIES = math.prod(RADIX)
 # Shares of pretraining sheets: in SLIPS one panel shows a critter that differs in one or two
-# attributes, in UNRELATED some panels, but not all, show other critters of the same noun.
-# Shares of pretraining sheets: in SLIPS one panel shows a critter that differs in one or two
-# attributes, in UNRELATED some panels, but not all, show other critters of the same noun.
+# attributes, in UNRELATED some panels, but not all, show other critters of the same noun. In OTHER
+# of these the caption says so, with "other" in place of "the same".
 SLIPS = 0.1
 UNRELATED = 1 / 3
+OTHER = 0.9
 # Share of single panels' captions that also name colours, pattern and eyes, so that these words are
 # known. Sheets' captions never do: where words tell the details, no panel needs the others.
 DETAILED = 0.3
@@ -236,12 +237,11 @@ def noun(identity):
 
 
 def details(identity):
-    """What only a picture tells: "vivid blue with red stripes and two eyes"."""
+    """What only a picture tells: "blue with red belly and two eyes"."""
     words = {name: values[int(v)] for (name, values), v in zip(IDENTITY.items(), identity)}
     pattern = "trim" if words["pattern"] == "plain" else words["pattern"]
     eyes = "eye" if words["eyes"] == "one" else "eyes"
-    colours = f"{words['tone']} {words['colour']} with {words['second']}"
-    return f"{colours} {pattern} and {words['eyes']} {eyes}"
+    return f"{words['colour']} with {words['second']} {pattern} and {words['eyes']} {eyes}"
 
 
 def setting(context, light=True, pose=0):
@@ -254,8 +254,8 @@ def setting(context, light=True, pose=0):
 
 
 def described(identity, detailed):
-    """A critter's noun, and its details if asked for: "round horned critter vivid blue with red
-    dots and one eye"."""
+    """A critter's noun, and its details if asked for: "round horned critter blue with red belly and
+    one eye"."""
     return f"{noun(identity)} {details(identity)}" if detailed else noun(identity)
 
 
@@ -274,7 +274,14 @@ SHEET_OPENINGS = {  # layout (rows, columns) -> ways to say it; the first is gen
 }
 
 
-def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, poses=(0, 0, 0, 0)):
+def opposite(opening):
+    """The opening of a sheet of several subjects: "a grid of 4 images representing other {}"."""
+    return opening.replace("the same", "other").replace("identical", "other")
+
+
+def sheet_caption(
+    identity, contexts, layout=(2, 2), relight=False, wording=0, poses=(0, 0, 0, 0), other=False
+):
     """The prompt of a sheet: its opening, the subject, then each panel in reading order.
 
     Subject: "a grid of 4 images representing the same round horned critter: first in the snow at
@@ -282,6 +289,8 @@ def sheet_caption(identity, contexts, layout=(2, 2), relight=False, wording=0, p
     only."""
     subject = noun(identity)
     opening = SHEET_OPENINGS[layout][wording]
+    if other:
+        opening = opposite(opening)
     if relight:
         head = opening.format(f"scene, a {subject} {setting(contexts[0], False, poses[0])}")
         panels = [CONTEXT["light"][int(c[2])] for c in contexts]
@@ -392,15 +401,9 @@ def _render(identity, context, pose, size):
     cx, cy, scale, tilt = (p.view(n, 1, 1) for p in pose.unbind(1))
     dx, dy = (X - cx) / scale, (Y - cy) / scale
     x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
-    shape, ears, colour, tone, second, pattern, eyes = identity.unbind(1)
+    shape, ears, colour, second, pattern, eyes = identity.unbind(1)
     palette = torch.tensor(list(COLOURS.values()))
-    main = palette[colour]
-    main = torch.where(
-        (tone == 1)[:, None],
-        0.45 * main + 0.55,
-        torch.where((tone == 2)[:, None], 0.45 * main, main),
-    )
-    main, trim = main.view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
+    main, trim = palette[colour].view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
 
     body, ear = torch.empty_like(x), torch.empty_like(x)
     for k in range(len(IDENTITY["shape"])):
@@ -411,7 +414,7 @@ def _render(identity, context, pose, size):
         ear[i] = _ears(
             k, x[i], y[i], *(_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y))
         )
-    feet = _ellipse(x.abs() - 0.20, y - 0.47, 0.17, 0.11)
+    feet = _ellipse(x.abs() - 0.21, y - 0.47, 0.19, 0.13)
 
     ink = torch.tensor([0.08, 0.06, 0.10]).view(1, 3, 1, 1)
     critter = image
@@ -419,14 +422,15 @@ def _render(identity, context, pose, size):
         critter = paint(critter, part - 0.035, ink)  # an outline, then the fill
         critter = paint(critter, part, fill)
     marks = torch.full_like(x, 9.0)
-    stripes = (
-        torch.sin(x * 9 + 1.57).abs() - 0.80
-    ) * 0.11  # five or six pixels from one to the next: a token has eight
-    dots = (
-        ((x * 3.1 + 0.5) % 1 - 0.5) ** 2 + ((y * 3.1 + 0.69) % 1 - 0.5) ** 2
-    ).sqrt() * 0.32 - 0.10
-    for k, m in ((1, -stripes), (2, dots), (3, _ellipse(x, y - 0.20, 0.24, 0.22))):
-        marks[pattern == k] = m[pattern == k]
+    areas = {  # large ones, each seen beside every accessory; distances in the critter's own frame
+        "belly": _ellipse(x, y - 0.20, 0.24, 0.22),
+        "trousers": 0.14 - y,
+        "hood": y + 0.20,
+        "side": x,
+    }
+    for name, area in areas.items():
+        worn = pattern == IDENTITY["pattern"].index(name)
+        marks[worn] = area[worn]
     critter = paint(critter, torch.maximum(marks, body + 0.02), trim)
     critter = _face(critter, eyes, x, y, paint)
     critter = _accessory(critter, accessory, x, y, _look_up(_TOP_Y, shape).view(n, 1, 1), paint)
@@ -537,10 +541,35 @@ def _accessory(image, kind, x, y, top, paint):
         _box(x, y - 0.13, 0.40, 0.06, 0.04), _box(x - 0.22, y - 0.28, 0.065, 0.15)
     )
     image = paint(image, only(3, scarf - 0.03), rgb(0.08, 0.06, 0.10))
-    return paint(image, only(3, scarf), rgb(0.96, 0.96, 0.92))
+    return paint(image, only(3, scarf), rgb(0.55, 0.57, 0.62))  # grey: no critter is
 
 
 # ---- sheets --------------------------------------------------------------------------------------
+def sheet_identities(n, generator, p, held_out=False):
+    """Which critter each of the `p` panels of `n` sheets shows (n, p, N_IDENTITY), and which sheets
+    are unrelated (n,).
+
+    Most sheets show one critter; the others slip as SLIPS and UNRELATED say."""
+    number = draw_identities(n, generator, held_out)
+    identity = identity_of(number)
+    panels = identity[:, None].repeat(1, p, 1)  # (n, p, N_IDENTITY)
+    kind = torch.rand(n, generator=generator)
+    changed = change_attributes(identity, torch.randint(1, 3, (n,), generator=generator), generator)
+    changed[:, :NAMED] = identity[:, :NAMED]  # shape and ears are in the prompt: they stay
+    if p == 1:
+        return panels, torch.zeros(n, dtype=torch.bool)
+    odd = kind > 1 - SLIPS
+    odd &= is_held_out(identity_number(changed)) == held_out  # a slip into the other side stays out
+    panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
+    unrelated = kind < UNRELATED
+    others = torch.randint(1, p, (n, 1), generator=generator)  # how many panels
+    other = torch.rand(n, p, generator=generator).argsort(1) < others  # (n, p), which ones
+    other &= unrelated[:, None]
+    namesakes = draw_namesakes(number[:, None].expand(n, p)[other], generator, held_out)
+    panels[other] = identity_of(namesakes)
+    return panels, unrelated
+
+
 def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     """`n` pretraining sheets: images (n, 3, rows * size, columns * size) in [0, 1] on `device`, and
     their captions.
@@ -550,24 +579,8 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     *subject* (all contexts and poses free). A 1x1 sheet is a single panel."""
     rows, columns = layout
     p = rows * columns
-    number = draw_identities(n, generator, held_out)
-    identity = identity_of(number)
-    panels = identity[:, None].repeat(1, p, 1)  # (n, p, N_IDENTITY)
-    kind = torch.rand(n, generator=generator)
-    odd = kind > 1 - SLIPS
-    changed = change_attributes(identity, torch.randint(1, 3, (n,), generator=generator), generator)
-    changed[:, :NAMED] = identity[:, :NAMED]  # shape and ears are in the prompt: they stay
-    odd &= (
-        is_held_out(identity_number(changed)) == held_out
-    )  # now and then that makes a held-out one: leave it
-    if p > 1:
-        panels[odd, torch.randint(p, (n,), generator=generator)[odd]] = changed[odd]
-        others = torch.randint(1, p, (n, 1), generator=generator)  # how many panels
-        other = torch.rand(n, p, generator=generator).argsort(1) < others  # (n, p), which ones
-        other &= (kind < UNRELATED)[:, None]
-        panels[other] = identity_of(
-            draw_namesakes(number[:, None].expand(n, p)[other], generator, held_out)
-        )
+    panels, unrelated = sheet_identities(n, generator, p, held_out)
+    identity = panels[:, 0]  # captions need its shape and ears, which all panels of a sheet share
     context = draw_contexts(n * p, generator).view(n, p, 3)
     pose = draw_poses(n * p, generator).view(n, p, 4)
     named = torch.randint(len(POSES), (n, p), generator=generator)
@@ -587,6 +600,7 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
         .flatten(2, 3)
     )
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()
+    said = unrelated & (draw[:, 0] < OTHER)  # the caption tells that they are not all the same
     if p == 1:
         detailed = (draw[:, 0] < DETAILED).tolist()
         captions = [
@@ -595,7 +609,13 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     else:
         captions = [
             sheet_caption(
-                identity[i], context[i], layout, bool(relight[i]), int(draw[i, 1] < 0.3), named[i]
+                identity[i],
+                context[i],
+                layout,
+                bool(relight[i]),
+                int(draw[i, 1] < 0.3),
+                named[i],
+                bool(said[i]),
             )
             for i in range(n)
         ]
