@@ -200,6 +200,16 @@ def add_lora(transformer, rank):
     return transformer
 
 
+def with_clean_reference(x, condition, ids):
+    """Not the paper's way (OminiControl, UNO and FLUX.1 Kontext have it): the model reads the
+    reference in frame 1 of the canvas, without noise at any step, and not in the condition.
+    x, condition (B, N, 64) and ids (N, 3) of the canvas -> x whose frame 1 is the condition's
+    (zeros without a reference), and the condition channels, all zero."""
+    column = ids[:, 2:]  # (N, 1); frame 1 is the left half
+    x = torch.where(column < column.max() / 2, condition, x)
+    return x, torch.zeros_like(condition)
+
+
 def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
     """One forward pass: the velocity (B, N, 64) at noise level sigma (B,).
     tokens (B, N, 128); text: T5's embeddings (B, L, D) and CLIP's pooled one (B, P); ids (N, 3);
@@ -272,12 +282,14 @@ def sample_edit(
     guidance_scale=3.5,
     unguided_steps=2,
     frames=2,
+    clean_reference=False,
 ):
     """Zero-shot sampling (section 3.3): B images of the references' subjects, as the prompts say.
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers,
     one for each image's own generator, so that the batch size changes an image by rounding only;
     the first steps are not guided (released code). Both frames are denoised from noise and the left
-    one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone."""
+    one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone.
+    clean_reference (not the paper's way): frame 1 is the reference, see `with_clean_reference`."""
     vae, transformer = pipe.vae, pipe.transformer
     dtype, device = transformer.dtype, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -290,6 +302,8 @@ def sample_edit(
     )  # (B, N, 64) and (N, 3)
 
     def predict(sigma, x, condition, text):
+        if clean_reference:
+            x, condition = with_clean_reference(x, condition, ids)
         tokens = torch.cat([x, condition], dim=2)  # (B, N, 128)
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
@@ -301,6 +315,8 @@ def sample_edit(
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
 
+    if clean_reference:
+        x, _ = with_clean_reference(x, condition, ids)
     decoded = decode(vae, x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
     frame_2 = decoded[..., -references.shape[3] :]
@@ -310,9 +326,9 @@ def sample_edit(
 # ---- the adapter file --------------------------------------------------------------------------
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
     """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
-    facts: what sampling must know, {name: number}: frames, width, height, prompt_tokens and the
-    guidance scales. They go into diffusers' own metadata entry, since safetensors writes several
-    entries in no fixed order."""
+    facts: what sampling must know, {name: number}: frames, clean_reference, width, height,
+    prompt_tokens and the guidance scales. They go into diffusers' own metadata entry, since
+    safetensors writes several entries in no fixed order."""
     config = transformer.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
@@ -343,7 +359,8 @@ def adapter_facts(adapter):
     file = adapter_file(adapter)
     with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
         about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        facts = {"frames": 2, "prompt_tokens": None} | about.get("dsd", {})
+        paper = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
+        facts = paper | about.get("dsd", {})
         numbers = all(isinstance(fact, int | float | None) for fact in facts.values())
         if not numbers or facts["frames"] not in (1, 2):
             raise ValueError(f"it says {facts}")

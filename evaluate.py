@@ -140,7 +140,7 @@ def zero_shot(pipe, cases, args):
     images = [case.image for case in cases]
     prompts = [case.prompt for case in cases]
     seeds = [case.seed for case in cases]
-    return sample.draw_pictures(pipe, images, prompts, seeds, args, facts["frames"])
+    return sample.draw_pictures(pipe, images, prompts, seeds, args, facts)
 
 
 def held_by_cases(name):

@@ -6,7 +6,10 @@
 
 The reference (frame 1) and the edit (frame 2) lie side by side on one canvas, twice as wide as a
 picture. The model sees the condition [reference | black] beside the noisy canvas and learns to draw
-both frames: frame 1 as it is, frame 2 as prompted.
+both frames: frame 1 as it is, frame 2 as prompted. --clean_reference is another way, which is not
+the paper's but newer (OminiControl, UNO, FLUX.1 Kontext): frame 1 is the reference itself and never
+has noise, there is no condition, and the loss is frame 2's. The adapter says which way it was
+trained, and sampling follows.
 
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training
 reads only tensors.
@@ -40,8 +43,8 @@ from tqdm import tqdm
 
 FILES = "reference_file_name", "target_file_name"  # of a pair, in its record
 TENSORS = "x_0", "condition", "embeds", "pooled"  # of a pair, in the cache
-FACTS = "frames", "width", "height", "prompt_tokens"  # which sampling must know, and three scales
-SCALES = "guidance_scale", "image_guidance", "text_guidance"
+FACTS = "frames", "clean_reference", "width", "height", "prompt_tokens"  # what sampling must know
+SCALES = "guidance_scale", "image_guidance", "text_guidance"  # and what more it must know
 CHANGEABLE = "pairs", "steps", "compile", "gradient_checkpointing", "save_every", "validate_every"
 
 
@@ -50,13 +53,14 @@ def read_pairs(args):
     """The records of curate.py, without doubles: those to train on, and those held out of training.
 
     Whole grids are held out, since the pairs of one grid show the same subject."""
-    path, records = args.pairs / "metadata.jsonl", {}
+    path = args.pairs / "metadata.jsonl"
     if not path.exists():
         raise dsd.DsdError(f"no pairs in {args.pairs}; run curate.py first, or give --pairs")
+    unique = {}  # (reference, target, prompt) -> record
     for record in dsd.read_records(path, *FILES, "prompt"):
         record["grid"] = str(record.get("grid", record["reference_file_name"]))
-        records[tuple(record[name] for name in (*FILES, "prompt"))] = record
-    records = list(records.values())
+        unique[tuple(record[name] for name in (*FILES, "prompt"))] = record
+    records = list(unique.values())
     if not records or not all(record["prompt"].strip() for record in records):
         raise dsd.DsdError(f"{path}: no pairs, or a pair with an empty prompt")
     grids = sorted({record["grid"] for record in records})
@@ -150,11 +154,16 @@ def batch_losses(model, batch, size, args):
 
     size: of the canvas, see `canvas_size`."""
     x_0, eps, sigma, condition, *text = batch
-    tokens = torch.cat([dsd.interpolate(x_0, eps, sigma), condition], dim=2)  # (b, N, 128)
-    ids = dsd.position_ids(*size).to(tokens.device)
+    ids = dsd.position_ids(*size).to(x_0.device)
+    x_sigma = dsd.interpolate(x_0, eps, sigma)
+    if args.clean_reference:  # all tokens share frame 2's sigma, though frame 1 has no noise
+        x_sigma, condition = dsd.with_clean_reference(x_sigma, condition, ids)
+    tokens = torch.cat([x_sigma, condition], dim=2)  # (b, N, 128)
     v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, args.guidance_scale)
     v = dsd.velocity(x_0, eps)
-    if args.frames == 1:  # an ablation: there is frame 2 alone
+    if args.clean_reference:  # frame 1 is given: only frame 2 is learned
+        v_pred, v = (dsd.split_frames(tokens, *size)[1] for tokens in (v_pred, v))
+    if args.frames == 1 or args.clean_reference:
         loss = (v_pred.float() - v).square().mean()
         return torch.stack([loss, 0 * loss, loss])
     return torch.stack(dsd.two_frame_loss(v_pred, v, *size, args.frame_weights))
@@ -275,7 +284,7 @@ def validate(pipe, held_out, null_text, args, step):
     device, generator = pipe.transformer.device, torch.Generator().manual_seed(0)
     chosen = random.Random(0).sample(held_out, min(24, len(held_out)))
     own = 20 if pipe.scheduler.config.use_dynamic_shifting else 4  # FLUX.1-schnell
-    settings = {name: getattr(args, name) for name in ("frames", *SCALES)}
+    settings = {name: getattr(args, name) for name in ("frames", "clean_reference", *SCALES)}
     settings["steps"] = dsd.folder_settings(args.model, "sample").get("steps", own)
     losses, rows = 0, []
     for i in range(0, len(chosen), args.batch_size):
@@ -321,10 +330,6 @@ def parse_args():
     parser = dsd.Parser(__doc__, "runs/adapter")
     add, positive, amount = parser.add_argument, dsd.at_least(1), dsd.at_least(0, float)
     whole, shift = dsd.at_least(0), dsd.at_least(1e-9, float)
-    dropout = (
-        "their reference (half of these: without their prompt too); for image guidance",
-        "their prompt, with or without their reference; for text guidance",
-    )
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--pairs", type=Path, default=Path("runs/pairs"), help="what curate.py wrote")
     add("--width", type=positive, help="of a frame in pixels (default: the first picture's)")
@@ -337,16 +342,16 @@ def parse_args():
     add("--condition_lr_factor", type=amount, default=5.0, help="for the condition columns")
     add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains these columns alone")
     add("--shift", type=shift, default=3.0, help="of the noise levels; larger means noisier")
-    add(
-        "--condition_dropout", type=amount, default=0.1, help=f"share of pairs without {dropout[0]}"
-    )
-    add("--prompt_dropout", type=amount, default=0.1, help=f"share of pairs without {dropout[1]}")
+    text = "share of pairs without reference, half of them without prompt too; for image guidance"
+    add("--condition_dropout", type=amount, default=0.1, help=text)
+    text = "share of pairs without prompt, with or without reference; for text guidance"
+    add("--prompt_dropout", type=amount, default=0.1, help=text)
     add("--prompt_tokens", type=positive, help="128 hold any caption and save time (default: all)")
     add("--frames", type=int, choices=[1, 2], default=2, help="ablation: 1 is frame 2 alone")
+    text = "not the paper's way: frame 1 is the reference, without noise; only frame 2 is learned"
+    add("--clean_reference", action="store_true", help=text)
     add("--frame_weights", type=amount, nargs=2, default=[1.0, 1.0], help="of the frames' losses")
-    add(
-        "--guidance_scale", type=amount, default=3.5, help="distilled guidance, if the model has it"
-    )
+    add("--guidance_scale", type=amount, default=3.5, help="distilled, for models that have it")
     add("--image_guidance", type=amount, default=1.0, help="s_i when this adapter is used")
     add("--text_guidance", type=amount, default=1.0, help="s_t when this adapter is used")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
@@ -369,12 +374,12 @@ def prepare(args, processes):
     dsd.check_model(args.model, args.width, args.height)
     if args.batch_size % processes:
         raise dsd.DsdError(f"--batch_size must be a multiple of the {processes} processes")
+    if args.clean_reference and args.frames == 1:
+        raise dsd.DsdError("--clean_reference needs two frames; drop --frames 1")
     if not any(args.frame_weights):
         raise dsd.DsdError("--frame_weights: not both can be 0")
     if max(args.condition_dropout, args.condition_dropout / 2 + args.prompt_dropout) > 1:
-        raise dsd.DsdError(
-            "--condition_dropout, --prompt_dropout: shares of the pairs, such as 0.1"
-        )
+        raise dsd.DsdError("--condition_dropout, --prompt_dropout: give shares, such as 0.1")
     if args.compile:
         with dsd.explained("--compile needs a C++ compiler, and on a GPU Triton as well"):
             torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
@@ -387,24 +392,17 @@ def main():
     args = parse_args()
     pairs, held_out = prepare(args, PartialState().num_processes)
     every = [*pairs, *held_out]
-    known = dsd.digest(text=str([pair["cache"].stem for pair in every]))
-    lock = dsd.open_out(args, "finetune", CHANGEABLE, pairs_sha256=known)
+    contents = dsd.digest(text=str([pair["cache"].stem for pair in every]))
+    lock = dsd.open_out(args, "finetune", CHANGEABLE, pairs_sha256=contents)
     accelerator = Accelerator(
         mixed_precision=args.precision,
         cpu=args.device == "cpu",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=1
-        ),  # not the environment's
+        gradient_accumulation_plugin=GradientAccumulationPlugin(1),  # not the environment's number
     )
 
     # phase 1: encode, then drop the encoders
-    pipe = dsd.load_pipeline(
-        FluxControlPipeline,
-        args.model,
-        args.quantize,
-        prompt_tokens=args.prompt_tokens,
-        transformer=None,
-    )
+    parts = {"prompt_tokens": args.prompt_tokens, "transformer": None}
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, **parts)
     dsd.warn_of_prompts(pipe, [pair["prompt"] for pair in pairs])
     encode_pairs(pipe, every, args)
     null_text = dsd.encode_prompts(pipe, [""])

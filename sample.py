@@ -94,13 +94,14 @@ def all_cases(args, files, details):
 
 
 # ---- drawing -----------------------------------------------------------------------------------
-def draw_pictures(pipe, images, prompts, seeds, args, frames=2):
+def draw_pictures(pipe, images, prompts, seeds, args, facts):
     """Draw B pictures: the subject of each reference image as its prompt says.
 
-    frames: 2, or what the adapter's facts say."""
+    facts: of the adapter, "frames" and "clean_reference" (which is not the paper's way)."""
+    way = facts["frames"], facts["clean_reference"]
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     settings = [getattr(args, name) for name in SETTINGS]
-    return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, *settings, frames)
+    return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, *settings, *way)
 
 
 def save_with_settings(image, path, case, args):
@@ -192,7 +193,7 @@ def main():
         images = [references[case["image"]] for case, _ in batch]
         texts = [case["text"] for case, _ in batch]
         seeds = [case["seed"] for case, _ in batch]
-        drawn = draw_pictures(pipe, images, texts, seeds, args, facts["frames"])
+        drawn = draw_pictures(pipe, images, texts, seeds, args, facts)
         for (case, path), image in zip(batch, drawn):
             save_with_settings(image, path, case, args)
     if dsd.is_main_process():

@@ -62,6 +62,7 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "no curation, all pairs": ("uncurated", []),
     "no identity frame in the loss": ("curated", ["--frame_weights", 0, 1]),
     "both frames weigh the same": ("curated", ["--frame_weights", 1, 1]),
+    "clean reference tokens (not the paper's)": ("curated", ["--clean_reference"]),
     "single frame": ("curated", ["--frames", 1]),
     "captions without pose words": ("no poses", []),
     "only condition columns": ("curated", ["--lora_lr_factor", 0]),
@@ -228,7 +229,8 @@ def draw_rival(pipe, cases, args, kind, folder):
         pipe.tokenizer_2.model_max_length = evaluate.prompt_tokens(args.model, "panel")
     images, prompts = [case.image for case in cases], [case.prompt for case in cases]
     seeds = [case.seed for case in cases]
-    return sample.draw_pictures(pipe, images, prompts, seeds, args, frames=1)
+    one_frame = {"frames": 1, "clean_reference": False}
+    return sample.draw_pictures(pipe, images, prompts, seeds, args, one_frame)
 
 
 def fit_rival(rival, pairs, null_text, size, args):

@@ -189,6 +189,7 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("sample", "--width 35", "35 ... multiples of 8"),
     ("sample", "--height 35", "35 ... multiples of 8"),
     ("finetune", "--frame_weights 0 0", "--frame_weights"),
+    ("finetune", "--clean_reference --frames 1", "--clean_reference needs two frames"),
     # output folders
     ("generate_grids curate finetune sample", "--out 'other run'", "other run holds another run"),
     ("generate_grids", "--out holiday", "holiday holds another run or other files"),

@@ -278,6 +278,32 @@ def test_each_guidance_scale_changes_the_picture_after_the_unguided_steps(
     assert len(calls) == 1 + passes + passes + 3
 
 
+def test_a_clean_reference_stays_in_frame_1_at_every_step(conditioned, monkeypatch):
+    """Not the paper's way: no noise on it, no condition channels, and zeros in a pass without it."""
+    run, decode, read, drawn = dsd.run_transformer, dsd.decode, [], []
+
+    def run_transformer(model, tokens, *rest):
+        read.append(tokens)
+        return run(model, tokens, *rest)
+
+    def decode_and_keep(vae, tokens, *size):
+        drawn.append(tokens)
+        return decode(vae, tokens, *size)
+
+    monkeypatch.setattr(dsd, "run_transformer", run_transformer)
+    monkeypatch.setattr(dsd, "decode", decode_and_keep)
+    draw(conditioned, clean_reference=True, image_guidance=2.0)
+    generator = [torch.Generator().manual_seed(5)]
+    condition = dsd.encode(conditioned.vae, dsd.canvas(dsd.to_pixels(REFERENCES[:1])), generator)
+    reference, _ = dsd.split_frames(condition, 8, 16)
+    first, second = zip(*[dsd.split_frames(tokens[..., :64], 8, 16) for tokens in read])
+    assert not any(tokens[..., 64:].any() for tokens in read)
+    for k in range(0, 9, 3):  # each step's passes: v(0,0), v(I,0), v(I,T)
+        assert not first[k].any() and all(torch.equal(x, reference) for x in first[k + 1 : k + 3])
+        assert torch.equal(second[k], second[k + 2]) and not torch.equal(second[k], second[k - 1])
+    assert torch.equal(dsd.split_frames(drawn[0], 8, 16)[0], reference)
+
+
 def test_an_encoded_canvas_is_in_the_pipelines_scale(pipe):
     pixels = dsd.canvas(dsd.to_pixels(REFERENCES))
     tokens = dsd.encode(pipe.vae, pixels)

@@ -215,6 +215,24 @@ def test_the_logged_loss_is_the_mean_over_the_accumulated_batches(pipe, encoded,
     assert dsd.read_records(tmp_path / "log.jsonl") == [pytest.approx(wanted, abs=1e-4)]
 
 
+def test_with_a_clean_reference_only_frame_2_is_learned_and_sampling_follows(
+    pipe, encoded, tmp_path, step, draw, monkeypatch
+):
+    step(finetune, "--clean_reference --steps 1 --validation_grids 0 --out", tmp_path)
+    x_0, eps, sigma, condition, *text = encoded()[1](torch.Generator().manual_seed(0))
+    x_sigma = dsd.unpack(dsd.interpolate(x_0, eps, sigma), 8, 16)
+    x_sigma[..., :8] = dsd.unpack(condition, 8, 16)[..., :8]
+    v = predict(pipe.transformer, dsd.pack(x_sigma), sigma, text, dsd.position_ids(8, 16))
+    loss = dsd.unpack((v - (eps - x_0)) ** 2, 8, 16)[..., 8:].mean().item()
+    wanted = {"step": 0, "loss": loss, "frame_1": 0, "frame_2": loss}
+    assert dsd.read_records(tmp_path / "log.jsonl") == [pytest.approx(wanted, abs=1e-4)]
+
+    used, way = [], dsd.with_clean_reference
+    monkeypatch.setattr(dsd, "with_clean_reference", lambda *of: used.append(1) or way(*of))
+    draw("--adapter", tmp_path)
+    assert used
+
+
 def test_an_environment_for_other_trainers_changes_nothing(step, tmp_path, monkeypatch):
     for out in ("plain", "set"):
         step(finetune, "--steps 2 --validation_grids 0 --out", tmp_path / out)
