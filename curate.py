@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -54,10 +55,9 @@ DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few 
 # ---- asking --------------------------------------------------------------------------------------
 def load_vlm(name, quantize="none"):
     """The model and the processor of an image-text-to-text folder or hub name."""
-    dsd.check_here(name)
     with dsd.explained(f"cannot load {name} as a vision-language model with a chat template"):
-        processor = AutoProcessor.from_pretrained(name)
         vlm = dsd.load_language_model(AutoModelForImageTextToText, name, quantize)
+        processor = AutoProcessor.from_pretrained(name)
         processor.apply_chat_template(conversation(1, "?"))  # fails without a template
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # every answer starts where its question ends
@@ -402,7 +402,6 @@ def parse_args():
     add("--batch_size", type=whole, default=64, help="pairs in a batch; affects speed and memory")
     about = "longest answer; longer ones count as truncated"
     add("--max_new_tokens", type=whole, default=400, help=about)
-    parser.add_large_model_options(offload=False)
     return parser.parse("curate", folder="vlm")
 
 
@@ -448,7 +447,7 @@ def main():
             panels = [panel_file(number, k) for k in range(grid["rows"] * grid["columns"])]
             if not all((args.out / panel).exists() for panel in panels):  # deleted since
                 save_panels(number, grid, args)
-    if dsd.is_main_process():
+    if PartialState().is_main_process:
         records = []
         for number, grid in grids.items():
             records += transcript(number, grid, args)

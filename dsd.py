@@ -14,19 +14,12 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
-import itertools
 import json
-import os
 import sys
 import textwrap
 import warnings
 from pathlib import Path
-
-if sys.excepthook is sys.__excepthook__:  # Ctrl-C during the imports: an end without a traceback
-    show = sys.excepthook
-    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show(kind, *rest)
 
 import diffusers
 import matplotlib
@@ -34,11 +27,10 @@ import numpy
 import torch
 import transformers
 from accelerate import PartialState
-from filelock import FileLock, Timeout
-from huggingface_hub import snapshot_download
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -52,9 +44,10 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms, in autocast
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-Image.MAX_IMAGE_PIXELS = 2**27  # an error above twice as many; a camera has 200 million
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; node editors write whole graphs into their PNGs
+
+
+class DsdError(Exception):
+    """A user's mistake: one line that says what is wrong and what to do."""
 
 
 # ---- rectified flow ----------------------------------------------------------------------------
@@ -80,13 +73,13 @@ def sample_sigmas(n, shift, generator):
 def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
     """Flow-matching loss over both frames of a canvas (section 3.3): identity, then edit.
     v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns
-    three scalars: the weighted mean of the two frames' losses, and the mean squared error of each.
-    The paper names no weights. (Our choice: the miniature gives frame 1 a tenth. With more, a model
-    this small copies less of the reference into frame 2.)"""
+    three scalars: the weighted mean of the two frames' losses, and each of them. The paper names no
+    weights. (Our choice: 1 to 10 in the miniature, so that it copies more into frame 2.)"""
     error_1, error_2 = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
     loss_1, loss_2 = error_1.mean(), error_2.mean()
     w_1, w_2 = weights
-    return (w_1 * loss_1 + w_2 * loss_2) / (w_1 + w_2), loss_1, loss_2
+    loss = (w_1 * loss_1 + w_2 * loss_2) / (w_1 + w_2)
+    return loss, loss_1, loss_2
 
 
 # ---- latents and tokens ------------------------------------------------------------------------
@@ -133,7 +126,7 @@ def decode(vae, tokens, h, w):
 def cut_grid(image, rows=2, columns=2):
     """Cut a grid into its panels, a list of rows * columns images in reading order."""
     w, h = image.width // columns, image.height // rows
-    corners = [(c * w, r * h) for r, c in itertools.product(range(rows), range(columns))]
+    corners = [(c * w, r * h) for r in range(rows) for c in range(columns)]
     return [image.crop((x, y, x + w, y + h)) for x, y in corners]
 
 
@@ -185,12 +178,9 @@ def add_lora(transformer, rank):
     for name, layer in transformer.named_modules():
         if isinstance(layer, torch.nn.Linear) and "blocks." in name:
             targets.append(name)
+    own = {"x_embedder": channels}  # its rank
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=targets,
-        rank_pattern={"x_embedder": channels},
-        alpha_pattern={"x_embedder": channels},
+        r=rank, lora_alpha=rank, target_modules=targets, rank_pattern=own, alpha_pattern=own
     )
     transformer.requires_grad_(False)
     transformer.add_adapter(config)
@@ -231,7 +221,6 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
 @torch.no_grad()
 def encode_prompts(pipe, prompts, tokens=None):
     """B prompts -> T5's embeddings (B, L, D) of L tokens, by default the limit; CLIP's (B, P)."""
-    prompts = list(prompts)  # diffusers fails at a tuple if it holds an unknown word
     tokens = tokens or pipe.tokenizer_2.model_max_length
     return pipe.encode_prompt(prompts, prompts, max_sequence_length=tokens)[:2]
 
@@ -239,22 +228,20 @@ def encode_prompts(pipe, prompts, tokens=None):
 # ---- guidance and sampling ---------------------------------------------------------------------
 def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
     """The velocity at x, pushed towards the reference and towards the prompt (released code):
-    v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)).
+    v = v(0,0) + s_i (v(I,0) - v(0,0)) + s_t (v(I,T) - v(I,0)), here sorted by the three passes.
 
     model(x, condition, text) -> v; x, condition (B, N, 64); null condition: zeros (released code);
     text: tensors with B rows; null_text: the same for "" (released code), with one row or B. A pass
     of weight 0 is left out. The released code ignores s_t unless s_i > 1; here each works alone."""
-    nothing = torch.zeros_like(condition)
+    null_condition = torch.zeros_like(condition)
     null_text = [part.expand(len(x), *part.shape[1:]) for part in null_text]
-    passes = [  # the formula, sorted by v
-        (1 - s_i, nothing, null_text),  # v(0,0)
-        (s_i - s_t, condition, null_text),  # v(I,0)
-        (s_t, condition, text),  # v(I,T)
-    ]
     v = 0
-    for weight, reference, prompt in passes:
-        if weight != 0:
-            v = v + weight * model(x, reference, prompt)
+    if s_i != 1:
+        v = v + (1 - s_i) * model(x, null_condition, null_text)
+    if s_i != s_t:
+        v = v + (s_i - s_t) * model(x, condition, null_text)
+    if s_t != 0:
+        v = v + s_t * model(x, condition, text)
     return v
 
 
@@ -295,8 +282,7 @@ def sample_edit(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shown = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
     height, width = shown.shape[2:]
-    # (B, N, 64); a sample of the posterior (released code), while training takes the mean
-    condition = encode(vae, shown, generators).to(dtype)
+    condition = encode(vae, shown, generators).to(dtype)  # (B, N, 64), sampled (released code)
     x, ids = pipe.prepare_latents(
         len(seeds), vae.config.latent_channels, height, width, dtype, device, generators
     )  # (B, N, 64) and (N, 3)
@@ -307,11 +293,10 @@ def sample_edit(
         tokens = torch.cat([x, condition], dim=2)  # (B, N, 128)
         return run_transformer(transformer, tokens, sigma, text, ids, guidance_scale)
 
-    for i, t in enumerate(start_schedule(pipe, steps, tokens=x.shape[1])):
+    for i, t in enumerate(start_schedule(pipe, steps, tokens=x.shape[1])):  # t = 1000 sigma
         sigma = t.expand(len(x)).to(dtype) / 1000  # (B,), cast first (released code)
+        s_i, s_t = (image_guidance, text_guidance) if i >= unguided_steps else (1.0, 1.0)
         model = functools.partial(predict, sigma)
-        guided = i >= unguided_steps
-        s_i, s_t = (image_guidance, text_guidance) if guided else (1.0, 1.0)
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
 
@@ -323,355 +308,17 @@ def sample_edit(
     return to_images(pipe.image_processor.postprocess(frame_2, output_type="pt"))
 
 
-# ---- the adapter file --------------------------------------------------------------------------
-def save_adapter(transformer, folder, facts, dtype=torch.float32):
-    """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
-    facts: what sampling must know, {name: number}: frames, clean_reference, width, height,
-    prompt_tokens and the guidance scales. They go into diffusers' own metadata entry, since
-    safetensors writes several entries in no fixed order."""
-    config = transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
-    about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
-    tensors = {}
-    for name, tensor in get_peft_model_state_dict(transformer).items():
-        tensors[f"transformer.{name}"] = tensor.detach().to("cpu", dtype).contiguous()
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise DsdError("the adapter is not finite and is not saved; try a lower --learning_rate")
-    metadata = {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
-    with writing(Path(folder) / ADAPTER_FILE) as part:
-        save_file(tensors, part, metadata)
-
-
-def adapter_file(adapter):
-    """The file of an adapter, which is given as a folder, a file or a name on the hub."""
-    if not Path(adapter).exists() and Path(adapter).as_posix().count("/") == 1:
-        with explained(f"no adapter {adapter}, neither here nor on the hub"):
-            patterns = [ADAPTER_FILE, "transformer/*.safetensors"]
-            adapter = snapshot_download(Path(adapter).as_posix(), allow_patterns=patterns)
-    file = Path(adapter) if Path(adapter).is_file() else Path(adapter) / ADAPTER_FILE
-    if not file.is_file():
-        raise DsdError(f"no adapter ({file.name}) in {adapter}; finetune.py trains one")
-    return file
-
-
-def adapter_facts(adapter):
-    """What `save_adapter` was told, {name: number}; an adapter of others draws two frames."""
-    file = adapter_file(adapter)
-    with explained(f"the adapter {file} does not fit this model"), safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        paper = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
-        facts = paper | about.get("dsd", {})
-        numbers = all(isinstance(fact, int | float | None) for fact in facts.values())
-        if not numbers or facts["frames"] not in (1, 2):
-            raise ValueError(f"it says {facts}")
-    return facts
-
-
-def load_adapter(pipe, adapter):
-    """Load an adapter of finetune.py, or one of the authors' released layout, in place."""
-    file = adapter_file(adapter)
-    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file
-        tensors = load_file(file)
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("its weights are not finite")
-        if (file.parent / "transformer").is_dir():
-            load_released_transformer(pipe.transformer, file.parent / "transformer")
-        elif not any("x_embedder.lora_B" in name for name in tensors):
-            raise DsdError(f"{file} is an ordinary LoRA, which takes no reference")
-        pipe.load_lora_weights(
-            str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default"
-        )
-        loaded = {f"transformer.{name}" for name in get_peft_model_state_dict(pipe.transformer)}
-        own = {name for name in tensors if name.startswith("transformer.") and ".lora_" in name}
-        if own - loaded:
-            raise ValueError(f"no place for its {min(own - loaded)}")
-
-
-def load_released_transformer(transformer, folder):
-    """The authors' layout: `x_embedder` and `c_embedder` become one, biases added (released code).
-    Their files hold the LoRA's entries as well; these are read from the adapter file."""
-    if getattr(transformer, "hf_quantizer", None):
-        raise DsdError(f"{folder} is a whole transformer, not of 4 bits; drop --quantize")
-    with explained(f"{folder}: not a released DSD transformer for this model"):
-        state = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            state |= load_file(file)
-        state = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-        columns = [state["x_embedder.weight"], state.pop("c_embedder.weight")]
-        state["x_embedder.weight"] = torch.cat(columns, dim=1)
-        state["x_embedder.bias"] = state["x_embedder.bias"] + state.pop("c_embedder.bias")
-        widen(transformer).load_state_dict(state)
-
-
-# ================================================================================================
-# The method ends here. What follows is housekeeping: models, options, files, pictures.
-# ---- models ------------------------------------------------------------------------------------
-def weight_dtype():
-    """The number format of models: bfloat16 on a GPU that has it natively, else float32."""
-    cuda = PartialState().device.type == "cuda"
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
-
-
-def check_here(model):
-    """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
-    if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
-        need = "models from the hub need a CUDA GPU with native bfloat16 (RTX 30 or newer)"
-        seen = f"torch {torch.__version__} finds none: is the driver new enough?"
-        raise DsdError(f"no model folder {model}; {need}, and {seen}")
-
-
-def check_model(model, *sides):
-    """Refuse, from its configuration alone, a model that is not FLUX.1, and a picture whose sides
-    (in pixels) are not whole numbers of tokens."""
-    check_here(model)
-    with explained(f"{model}: not a FLUX.1 text-to-image model in diffusers' form, or not all"):
-        name = diffusers.FluxPipeline.load_config(model)["_class_name"]
-        config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
-        vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
-        if name != "FluxPipeline" or config["in_channels"] != 64:
-            raise ValueError(f"a {name} of {config['in_channels']} channels; FLUX.1 has 64")
-        unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
-    if any(side % unit for side in sides):
-        size = " x ".join(map(str, sides))
-        raise DsdError(f"a picture of {size} pixels: this model needs multiples of {unit}")
-
-
-def load_pipeline(
-    cls, model, quantize=None, offload=None, adapter=None, prompt_tokens=None, dtype=None, **parts
-):
-    """A FLUX.1 folder or hub name as a pipeline of class `cls` on the device.
-    quantize, offload, adapter are the options of these names; prompt_tokens: how many the T5 reads,
-    if not the model's own limit; transformer=None, for example, leaves that part out."""
-    check_model(model)
-    dtype, device = dtype or weight_dtype(), PartialState().device
-    with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
-        config = nf4_config(dtype, parts) if quantize == "nf4" else None
-        pipe = cls.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, quantization_config=config, **parts
-        )
-    pipe.set_progress_bar_config(disable=True)
-    own = 512 if pipe.scheduler.config.use_dynamic_shifting else 256  # FLUX.1-schnell
-    t5 = pipe.tokenizer_2
-    t5.model_max_length = min(t5.model_max_length, prompt_tokens or own)
-    if adapter:
-        load_adapter(pipe, adapter)  # before offloading takes the weights away
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return pipe
-
-
-def nf4_config(dtype, parts):
-    """4 bits a weight for the large parts that are loaded, but not for the embedder (see widen)."""
-    nf4 = {**NF4, "bnb_4bit_compute_dtype": dtype}
-    configs = {
-        "transformer": diffusers.BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["x_embedder"]),
-        "text_encoder_2": transformers.BitsAndBytesConfig(**nf4),
-    }
-    configs = {name: config for name, config in configs.items() if name not in parts}
-    return diffusers.PipelineQuantizationConfig(quant_mapping=configs) if configs else None
-
-
-def load_language_model(cls, name, quantize):
-    """A chat model or a vision-language model on the device."""
-    how = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
-    if quantize == "nf4":
-        nf4 = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=weight_dtype())
-        how["quantization_config"] = nf4
-    return cls.from_pretrained(name, use_safetensors=True, **how).eval()
-
-
-def warn_of_prompts(pipe, prompts):
-    """Say on stderr what the T5 will not read: ends of prompts, and words that it does not know."""
-    if not is_main_process():
-        return
-    t5, limit = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length
-    prompts = list(dict.fromkeys(prompts))
-    cut, unknown = [], set()
-    for prompt, ids in zip(prompts, t5(prompts).input_ids):
-        if len(ids) > limit:
-            cut.append(t5.decode(ids[limit - 1 : -1]))
-        if t5.unk_token_id in ids:
-            unknown |= {w for w in prompt.split() if t5.unk_token_id in t5(w).input_ids}
-    if cut:
-        count = f"{len(cut)} of {len(prompts)} prompts are longer than {limit - 1} tokens"
-        print(f'warning: {count}; the first loses its end: "{cut[0]}"', file=sys.stderr)
-    if unknown:
-        words = " ".join(sorted(unknown)[:10])
-        print(f"warning: {len(unknown)} words are unknown to this model: {words}", file=sys.stderr)
-
-
-# ---- options -----------------------------------------------------------------------------------
-class DsdError(Exception):
-    """A user's mistake: one line that says what is wrong and what to do."""
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of a script's docstring, and names an option's default if any."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Plain argparse, with what all scripts share."""
-
-    def __init__(self, doc, out):
-        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        self.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
-        self.add_argument("--device", choices=devices, default=devices[-1], help="where to compute")
-
-    def error(self, message):
-        raise DsdError(f"{message}; --help explains the options")
-
-    def add_large_model_options(self, offload=True):
-        text = "nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU"
-        self.add_argument("--quantize", choices=["none", "nf4"], default="none", help=text)
-        if offload:
-            text = "what waits in main memory: whole models, or (slower, smaller) single layers"
-            ways = ["none", "model", "sequential"]
-            self.add_argument("--offload", choices=ways, default="none", help=text)
-
-    def peek(self, name):
-        """The value of --name on the command line, on which the defaults of others depend."""
-        words = [part for word in sys.argv for part in word.split("=", 1)]
-        value = self.get_default(name)
-        for word, following in itertools.pairwise([*words, None]):
-            if word == f"--{name}":
-                value = following
-        return value
-
-    def parse(self, script, folder="model", **more):
-        """The options. Defaults, the strongest last: those in the code, those for this script in
-        the dsd.json of --model (or of another option that names a folder), and `more`."""
-        defaults = folder_settings(self.peek(folder), script) | more
-        for action in self._actions:  # checked as if they were typed
-            if action.dest in defaults:
-                value = defaults[action.dest]
-                with explained(f"--{action.dest} {value}, in dsd.json or the adapter"):
-                    typed = action.type and not action.nargs and value is not None
-                    action.default = action.type(value) if typed else value
-        args = self.parse_args()
-        large = getattr(args, "quantize", "none"), getattr(args, "offload", "none")
-        if args.device == "cpu" and large != ("none", "none"):
-            raise DsdError("--quantize and --offload need a CUDA GPU")
-        if large == ("nf4", "sequential"):
-            raise DsdError("--quantize nf4 goes with --offload model, but not with sequential")
-        if "nf4" in large and not importlib.util.find_spec("bitsandbytes"):
-            raise DsdError("--quantize nf4: pip install -c requirements.txt bitsandbytes")
-        with explained("RANK, WORLD_SIZE and so on are set: use accelerate launch, or unset them"):
-            PartialState(cpu=args.device == "cpu")  # PartialState() reports this device from now on
-        return args
-
-
-def folder_settings(model, script=None):
-    """What a model's folder says in its dsd.json, {} if it says nothing: all, or for one script."""
-    file = Path(model or "") / "dsd.json"
-    settings = read_json(file) if model else {}
-    with explained(f'{file}: "{script}" must hold values of options; restore the folder'):
-        return dict(settings.get(script, {})) if script else settings
-
-
-def at_least(low, number=int):
-    """A type for argparse: a number from `low` up, and below 2**31, which keeps out infinity."""
-
-    def check(text):
-        if not low <= number(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and below 2**31")
-        return number(text)
-
-    check.__name__ = number.__name__  # argparse says "invalid int value"
-    return check
-
-
-# ---- errors, processes, files ------------------------------------------------------------------
-def run_main(main):
-    """Run a script's main; a user's mistake becomes one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a name shows its code
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from what is saved")
-    except DsdError as error:
-        line = str(error)
-    except OSError as error:  # no permission, a file where a folder should be, a full disk
-        line = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
-        known = "out of memory" in str(error) or "can't allocate memory" in str(error)
-        if not known and not isinstance(error, MemoryError):
-            raise
-        ways = "a smaller --batch_size or picture, --gradient_checkpointing, --quantize, --offload"
-        line = f"out of memory; take one of: {ways} ({error})"
-    print("\nerror: " + " ".join(line.split()), file=sys.stderr)
-    sys.exit(2)
-
-
+# ---- the method ends here; what follows is housekeeping, first: errors and files ---------------
 @contextlib.contextmanager
-def explained(message, *errors):
-    """Turn any error inside, or one of `errors`, into a DsdError with this message."""
-    caught = errors or Exception  # damaged files raise all kinds of errors
+def explained(message):
+    """Turn any error inside into a DsdError with this message: damaged files raise all kinds."""
     try:
         yield
     except DsdError:
         raise
-    except caught as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DsdError(f"{message} ({reason})") from error
-
-
-def is_main_process():
-    """Whether this process prints and writes what belongs to all of them (several GPUs)."""
-    return PartialState().is_main_process
-
-
-def batches(items, size, name):
-    """This process's batches of some items, with a progress bar; waits for the others at the end.
-    What is done already does not change the batches: a resumed run computes the same ones."""
-    state = PartialState()
-    parts = [items[i : i + size] for i in range(0, len(items), size)]
-    mine = parts[state.process_index :: state.num_processes]
-    yield from tqdm(mine, name, unit="batch", disable=not state.is_main_process)
-    state.wait_for_everyone()
-
-
-def open_out(args, script, changeable, **more):
-    """Make the folder --out for one run and lock it. Returns the lock: the caller holds it.
-    A run is identified by its options, except the `changeable` ones, which may differ from one
-    start to the next, and by `more`. They are kept in settings.json: the same run goes on, and
-    another one is refused, like a folder in use. Of several processes the main one does this."""
-    lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
-    run = {"step": script, **vars(args), **more}
-    for name in run.keys() & {"model", "vlm", "llm", "enhance", "adapter"}:
-        run[name] = run[name] and name_of(run[name])
-    run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
-    run = json.loads(json.dumps(run))  # in the file's form: tuples become lists
-    with PartialState().main_process_first():  # nobody writes before the folder is accepted
-        if not is_main_process():
-            return lock
-        args.out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise DsdError(f"{args.out} is in use by another process; give another --out") from None
-        except OSError as error:  # some file systems have no locks
-            raise DsdError(f"cannot lock {lock.lock_file} ({error}); give another --out") from None
-        before, own = read_json(file), (".lock", file.name, f"{file.name}.part")
-        found = sorted(path.name for path in args.out.iterdir() if path.name not in own)
-        if before:
-            changed = [name for name in before | run if before.get(name) != run.get(name)]
-            found = found and [f"its {name} was {str(before.get(name))[:60]}" for name in changed]
-        if found:
-            what = f"{args.out} holds another run or other files ({found[0]})"
-            raise DsdError(f"{what}; delete it or give another --out")
-        write_json(file, run)
-    return lock
 
 
 @contextlib.contextmanager
@@ -679,12 +326,9 @@ def writing(path):
     """`with writing(path) as part:` fill the file `part`, which then replaces `path` as a whole."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    full = OSError, SafetensorError, RuntimeError  # the last is torch.save's
     try:
-        with explained(f"cannot write {path}; make room or give another --out", *full):
+        with explained(f"cannot write {path}; make room or give another --out"):
             yield part
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -706,7 +350,7 @@ def read_json(path):
 
 def read_records(path, *texts):
     """The objects in a file of JSON lines. texts: the fields that each must have, as text."""
-    with explained(f"{path}: give a UTF-8 file", UnicodeError):
+    with explained(f"{path}: give a UTF-8 file"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -735,30 +379,160 @@ def digest(*files, text=""):
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+# ---- the adapter file --------------------------------------------------------------------------
+def save_adapter(transformer, folder, facts, dtype=torch.float32):
+    """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
+    facts: what sampling must know, {name: number}: frames, clean_reference, size, prompt_tokens and
+    guidance. They join diffusers' metadata entry: safetensors has no fixed order for several."""
+    config = transformer.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
+    tensors = {}
+    for name, tensor in get_peft_model_state_dict(transformer).items():
+        tensors[f"transformer.{name}"] = tensor.detach().to("cpu", dtype).contiguous()
+    metadata = {"lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
+    with writing(Path(folder) / ADAPTER_FILE) as part:
+        save_file(tensors, part, metadata)
+
+
+def adapter_file(adapter):
+    """The file of an adapter, which is given as a folder or a file."""
+    file = Path(adapter) / ADAPTER_FILE if Path(adapter).is_dir() else Path(adapter)
+    if not file.is_file():
+        raise DsdError(f"no adapter {file}; finetune.py trains one")
+    return file
+
+
+def adapter_facts(adapter):
+    """What `save_adapter` was told, {name: number}; an adapter of others draws two frames."""
+    file = adapter_file(adapter)
+    with explained(f"the adapter {file} cannot be read"), safe_open(file, "pt") as opened:
+        about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        paper = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
+        return paper | about.get("dsd", {})
+
+
+def load_adapter(pipe, adapter):
+    """Load an adapter of finetune.py, or one of the authors' released layout, in place."""
+    file = adapter_file(adapter)
+    with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file
+        if (file.parent / "transformer").is_dir():
+            load_released_transformer(pipe.transformer, file.parent / "transformer")
+        how = {"use_safetensors": True, "adapter_name": "default"}
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, **how)
+    if pipe.transformer.config.in_channels == 64:  # it was not widened
+        raise DsdError(f"{file} is an ordinary LoRA, which takes no reference")
+
+
+def load_released_transformer(transformer, folder):
+    """The authors' layout: `x_embedder` and `c_embedder` become one, biases added (released code).
+    Their files hold the LoRA's entries as well; these are read from the adapter file."""
+    if getattr(transformer, "hf_quantizer", None):
+        raise DsdError(f"{folder} is a whole transformer, not of 4 bits; drop --quantize")
+    with explained(f"{folder}: not a released DSD transformer for this model"):
+        state = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            state |= load_file(file)
+        state = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+        columns = [state["x_embedder.weight"], state.pop("c_embedder.weight")]
+        state["x_embedder.weight"] = torch.cat(columns, dim=1)
+        state["x_embedder.bias"] = state["x_embedder.bias"] + state.pop("c_embedder.bias")
+        widen(transformer).load_state_dict(state)
+
+
+# ---- models ------------------------------------------------------------------------------------
+def weight_dtype():
+    """The number format of models: bfloat16 on a GPU that has it natively, else float32."""
+    cuda = PartialState().device.type == "cuda"
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def check_here(model):
+    """Refuse the name of a model on the hub on a machine without a GPU that can run such models."""
+    if not Path(model).is_dir() and weight_dtype() != torch.bfloat16:
+        need = "models from the hub need a CUDA GPU with bfloat16 (RTX 30 or newer)"
+        raise DsdError(f"no model folder {model}; {need}, and torch finds none")
+
+
+def check_model(model, *sides):
+    """Before a model is loaded: is it FLUX.1, and are a picture's sides whole numbers of tokens?"""
+    check_here(model)
+    with explained(f"{model}: not a FLUX.1 text-to-image model in diffusers' form"):
+        kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
+        if kind != "FluxPipeline":
+            raise ValueError(f"a {kind}")
+        vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
+        unit = 2 ** len(vae["block_out_channels"])  # a token is 2x2 latent pixels
+    if any(side % unit for side in sides):
+        size = " x ".join(map(str, sides))
+        raise DsdError(f"a picture of {size} pixels: this model needs multiples of {unit}")
+
+
+def load_pipeline(
+    cls, model, quantize=None, offload=None, adapter=None, prompt_tokens=None, dtype=None, **parts
+):
+    """A FLUX.1 folder or hub name as a pipeline of class `cls` on the device.
+    quantize, offload, adapter are the options of these names; prompt_tokens: how many the T5 reads,
+    if not the model's own limit; transformer=None, for example, leaves that part out."""
+    dtype, device = dtype or weight_dtype(), PartialState().device
+    if quantize == "nf4":  # the large parts, but not the embedder, which `widen` must read
+        skipped = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": ["x_embedder"]}
+        parts["quantization_config"] = diffusers.PipelineQuantizationConfig(
+            "bitsandbytes_4bit", NF4 | skipped, ["transformer", "text_encoder_2"]
+        )
+    with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
+        pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    limit = 512 if pipe.scheduler.config.use_dynamic_shifting else 256  # FLUX.1-schnell
+    pipe.tokenizer_2.model_max_length = min(
+        pipe.tokenizer_2.model_max_length, prompt_tokens or limit
+    )
+    if adapter:
+        load_adapter(pipe, adapter)  # before offloading takes the weights away
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def load_language_model(cls, name, quantize):
+    """A chat model or a vision-language model on the device."""
+    check_here(name)
+    how = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
+    if quantize == "nf4":
+        nf4 = {**NF4, "bnb_4bit_compute_dtype": weight_dtype()}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
+    return cls.from_pretrained(name, use_safetensors=True, **how).eval()
+
+
+def warn_of_prompts(pipe, prompts):
+    """Say on stderr what the T5 will not read: ends of prompts, and words that it does not know."""
+    t5, limit = pipe.tokenizer_2, pipe.tokenizer_2.model_max_length
+    cut = sum(len(ids) > limit for ids in t5(prompts).input_ids)
+    if cut and PartialState().is_main_process:
+        print(f"warning: prompts cut after {limit - 1} tokens: {cut}", file=sys.stderr)
+    words = sorted({word for prompt in prompts for word in prompt.split()})
+    unknown = [word for word in words if t5.unk_token_id in t5(word).input_ids]
+    if unknown and PartialState().is_main_process:
+        print("warning: words unknown to this model:", *unknown[:20], file=sys.stderr)
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 def open_image(path):
-    """A picture file as RGB: turned as EXIF says, transparency on white, 16 bits scaled to 8, the
-    colours of its ICC profile as sRGB's."""
-    with explained(f"{path}: not an image that can be read; give a PNG or JPEG file"):
-        with Image.open(path) as image:
-            image.verify()  # a PNG's checksums; it closes the file
-        with Image.open(path) as image:
-            profile = image.info.get("icc_profile")
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-            own = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            for mode in (own, "RGB"):  # a profile of greys fits greys only
-                image, icc = image.convert(mode), io.BytesIO(profile or b"")
-                with contextlib.suppress(ImageCms.PyCMSError, OSError):  # none, or damaged
-                    srgb = ImageCms.createProfile("sRGB")
-                    return ImageCms.profileToProfile(image, icc, srgb, outputMode="RGB")
-            return image.convert("RGB")
+    """A picture file as RGB: turned as EXIF says, transparency on white, the colours of its ICC
+    profile as sRGB's."""
+    with explained(f"{path}: not an image that can be read"), Image.open(path) as image:
+        profile = io.BytesIO(image.info.get("icc_profile") or b"")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # no profile, or not of colours
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"))
+        return image
 
 
 def fit_image(image, width, height, fit="crop"):
@@ -781,12 +555,123 @@ def contact_sheet(rows, path, side=128):
     heights = [side + 10 + 15 * max(len(lines) for _, lines in row) for row in cells]
     columns = max(len(row) for row in cells)
     sheet = Image.new("RGB", ((width + 6) * columns, sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(str(FONT), 10)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 10)
     for r, row in enumerate(cells):
         for c, (image, lines) in enumerate(row):
             x, y = (width + 6) * c + 6, sum(heights[:r]) + 6
-            size = max(side * image.width // image.height, 1), side
             way = Image.NEAREST if image.height < side else Image.LANCZOS
-            sheet.paste(image.resize(size, way), (x, y))
+            sheet.paste(ImageOps.contain(image, (width, side), way), (x, y))
             draw.text((x, y + side), "\n".join(lines), fill="black", font=font)
     save_image(sheet, path)
+
+
+# ---- options -----------------------------------------------------------------------------------
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of a script's docstring, and names an option's default if any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Plain argparse, with what all scripts share."""
+
+    def __init__(self, doc, out):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        self.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
+        self.add_argument("--device", choices=devices, default=devices[-1], help="where to compute")
+        text = "nf4: weights of 4 bits; needs bitsandbytes and a CUDA GPU"
+        self.add_argument("--quantize", choices=["none", "nf4"], default="none", help=text)
+
+    def error(self, message):
+        raise DsdError(f"{message}; --help explains the options")
+
+    def peek(self, name):
+        """The value of --name on the command line, on which the defaults of others depend."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        default = self.get_default(name)
+        first.add_argument(f"--{name}", dest="value", nargs="?", default=default, const=default)
+        return first.parse_known_args()[0].value
+
+    def parse(self, script, folder="model", **more):
+        """The options. Defaults, the strongest last: those in the code, those for this script in
+        the dsd.json of --model (or of another option that names a folder), and `more`."""
+        defaults = folder_settings(self.peek(folder), script) | more
+        options = {action.dest for action in self._actions}
+        self.set_defaults(**{name: defaults[name] for name in defaults if name in options})
+        args = self.parse_args()
+        PartialState(cpu=args.device == "cpu")  # PartialState() reports this device from now on
+        return args
+
+
+def folder_settings(model, script=None):
+    """What a model's folder says in its dsd.json, {} if it says nothing: all, or for one script."""
+    settings = read_json(Path(model) / "dsd.json")
+    return settings.get(script, {}) if script else settings
+
+
+def at_least(low, kind=int):
+    """A type for argparse: a number from `low` up, and below 2**31, which keeps out infinity."""
+
+    def number(text):
+        if not low <= kind(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and below 2**31")
+        return kind(text)
+
+    return number
+
+
+# ---- runs: processes, folders, ends ------------------------------------------------------------
+def batches(items, size, name):
+    """This process's batches of some items, with a progress bar; waits for the others at the end.
+    What is done already does not change the batches: a resumed run computes the same ones."""
+    state = PartialState()
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    mine = parts[state.process_index :: state.num_processes]
+    yield from tqdm(mine, name, unit="batch", disable=not state.is_main_process)
+    state.wait_for_everyone()
+
+
+def open_out(args, script, changeable, **more):
+    """Make the folder --out for one run and lock it. Returns the lock, which the caller holds.
+    A run is identified by its options, except the `changeable` ones, and by `more`, which are kept
+    in settings.json: the same run goes on, and another one is refused, like a folder in use."""
+    lock, file = FileLock(args.out / ".lock"), args.out / "settings.json"
+    run = {"step": script, **vars(args), **more}
+    for name in run.keys() & {"model", "vlm", "llm", "enhance", "adapter"}:
+        run[name] = run[name] and name_of(run[name])
+    run = {name: run[name] for name in run if name not in ("out", "device", *changeable)}
+    run = json.loads(json.dumps(run, default=name_of))  # in the file's form: tuples become lists
+    with PartialState().main_process_first():  # nobody writes before the folder is accepted
+        if not PartialState().is_main_process:
+            return lock
+        args.out.mkdir(parents=True, exist_ok=True)
+        with explained(f"{args.out} is in use by another process; give another --out"):
+            lock.acquire(blocking=False)
+        before = read_json(file)
+        changed = [name for name in before | run if before.get(name) != run.get(name)]
+        own = ".lock", file.name, f"{file.name}.part"
+        if changed and any(path.name not in own for path in args.out.iterdir()):
+            was = f"its {changed[0]} was {str(before.get(changed[0]))[:60]}"
+            holds = f"{args.out} holds another run or other files ({was})"
+            raise DsdError(f"{holds}; delete it or give another --out")
+        write_json(file, run)
+    return lock
+
+
+def run_main(main):
+    """Run a script's main; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from what is saved")
+    except DsdError as error:
+        line = str(error)
+    except OSError as error:  # no permission, a file where a folder should be, a full disk
+        line = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except torch.OutOfMemoryError as error:
+        ways = "--batch_size 1, --gradient_checkpointing, --quantize nf4, --offload model"
+        line = f"out of memory; try {ways} or smaller pictures ({error})"
+    print("\nerror: " + " ".join(line.split()), file=sys.stderr)
+    sys.exit(2)

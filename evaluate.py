@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import FluxControlPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
@@ -431,10 +432,10 @@ def evaluate(rows, args, **more):
     for row in rows:
         new = not (args.out / "rows" / row.name).exists()
         records[row.name] = run_row(row, cases, score, args)
-        if dsd.is_main_process() and (new or row is rows[-1]):
+        if PartialState().is_main_process and (new or row is rows[-1]):
             report(records, cases, args)
     lock.release()
-    if dsd.is_main_process():
+    if PartialState().is_main_process:
         print((args.out / "table.md").read_text(encoding="utf-8"))
         pictures = f"{args.out}/contact_sheet.png and {args.out}/scatter.png"
         print(f"{len(rows)} rows in {args.out}; look at {pictures}")

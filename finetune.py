@@ -361,7 +361,6 @@ def parse_args():
     add("--validate_every", type=positive, default=500, help="steps between validations on these")
     add("--save_every", type=positive, default=250, help="steps between checkpoints")
     add("--seed", type=whole, default=0, help="of data order, noise and LoRA weights")
-    parser.add_large_model_options(offload=False)
     return parser.parse("finetune")
 
 

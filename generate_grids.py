@@ -154,11 +154,10 @@ def file_prompts(path, grammar):
 # ---- prompts by a chat model ---------------------------------------------------------------------
 def load_llm(name, quantize):
     """A chat model, as a pipeline of transformers."""
-    dsd.check_here(name)
     with dsd.explained(f"--llm {name}: not a chat model that can be loaded"):
+        model = dsd.load_language_model(transformers.AutoModelForCausalLM, name, quantize)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # one may be missing
-        model = dsd.load_language_model(transformers.AutoModelForCausalLM, name, quantize)
         return transformers.pipeline("text-generation", model, tokenizer=tokenizer)
 
 
@@ -352,7 +351,8 @@ def parse_args():
     add("--agreement", type=real, default=0.0, help="see above; 1 is usual, 0 is off")
     add("--panel_tokens", type=whole, help="T5 tokens of a panel drawn alone, if not a grid's")
     add("--seed", type=at_least(0), default=0, help="random seed of prompts and noise")
-    parser.add_large_model_options()
+    text = "model: a part that is not at work waits in main memory"
+    add("--offload", choices=["none", "model"], default="none", help=text)
     lines = {"count": None} if parser.peek("prompts") else {}  # all lines of the file
     args = parser.parse("generate_grids", **lines)
     args.width, args.height = args.width or args.panel, args.height or args.panel
@@ -374,7 +374,7 @@ def main():
     grids = plan(args, grammar, listed)  # before the pipeline: a chat model needs the memory
     pipe = dsd.load_pipeline(FluxPipeline, args.model, args.quantize, args.offload)
     dsd.warn_of_prompts(pipe, [g["prompt"] for g in grids] + negative_prompts(grids, args))
-    if dsd.is_main_process():
+    if PartialState().is_main_process:
         dsd.write_json(args.out / "grids.jsonl", grids)
     for batch in dsd.batches(grids, args.batch_size, "grids"):
         missing = [not (args.out / grid["file"]).exists() for grid in batch]
@@ -382,7 +382,7 @@ def main():
             for grid, image, new in zip(batch, draw_grids(pipe, batch, args), missing):
                 if new:
                     dsd.save_image(image, args.out / grid["file"])
-    if dsd.is_main_process():
+    if PartialState().is_main_process:
         overview = args.out / "overview.png"
         cells = [(dsd.open_image(args.out / grid["file"]), grid["subject"]) for grid in grids[:36]]
         dsd.contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], overview)

@@ -135,14 +135,15 @@ def add_drawing_options(parser):
     add("--guidance_scale", type=amount, default=3.5, help="distilled, for models that have it")
     add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without s_i and s_t")
     add("--batch_size", type=positive, default=1, help="drawn together; affects speed and memory")
-    parser.add_large_model_options()
+    about = "model: a part that is not at work waits in main memory"
+    add("--offload", choices=["none", "model"], default="none", help=about)
 
 
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/samples")
     add = parser.add_argument
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
-    add("--adapter", type=Path, help=f"folder with {dsd.ADAPTER_FILE}, that file, or hub name")
+    add("--adapter", type=Path, help=f"folder with {dsd.ADAPTER_FILE}, or that file")
     add("--image", nargs="+", type=Path, help="pictures or folders (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
     add(
@@ -196,7 +197,7 @@ def main():
         drawn = draw_pictures(pipe, images, texts, seeds, args, facts)
         for (case, path), image in zip(batch, drawn):
             save_with_settings(image, path, case, args)
-    if dsd.is_main_process():
+    if PartialState().is_main_process:
         sheet = args.out / "contact_sheet.png"
         draw_sheet(references, cases, paths, sheet)
         name = dsd.name_of(args.adapter)

@@ -15,9 +15,8 @@ import dsd
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DiffusionPipeline, FluxControlPipeline, FluxTransformer2DModel
+from diffusers import FluxControlPipeline, FluxTransformer2DModel
 from PIL import Image
 from random_models import TRANSFORMER, make_flux
 
@@ -55,18 +54,6 @@ def dev(tmp_path_factory):
 @pytest.fixture(scope="session")
 def schnell(tmp_path_factory):
     return make_flux(tmp_path_factory.mktemp("schnell") / "FLUX.1-schnell", guidance_embeds=False)
-
-
-@pytest.fixture
-def offloading(monkeypatch):
-    """Let --offload sequential work on a CPU: diffusers' own would ask for a device named cpu:0."""
-
-    def sequential(pipe, device):
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
-
-    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", sequential)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import dsd
 
 import argparse
-import importlib.util
-import os
 import subprocess
 import sys
 
@@ -156,35 +154,15 @@ def test_flags_go_before_the_models_folder_and_that_before_defaults(
     assert parser.parse("finetune", **more).rank == rank
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ("--quantize nf4 --offload sequential", "--offload model, but not with sequential"),
-        ("--quantize nf4", "pip install -c requirements.txt bitsandbytes"),
-        ("--device cpu --quantize nf4", "need a CUDA GPU"),
-    ],
-)
-def test_what_a_gpu_cannot_do_is_refused_before_all_work(options, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["script.py", *options.split()])
-    parser = dsd.Parser("", "out")
-    parser.add_argument("--model")
-    parser.add_large_model_options()
-    with pytest.raises(dsd.DsdError, match=words):
-        parser.parse("sample")
-
-
-OUT_OF_MEMORY = (
-    "error: out of memory; take one of: a smaller --batch_size or picture, "
-    "--gradient_checkpointing, --quantize, --offload"
-)
 ERRORS = [  # an error, the exit code, what is said
     (dsd.DsdError("no adapter;\ntrain one"), 2, "error: no adapter; train one"),
     (PermissionError(13, "Permission denied", "a.png"), 2, "error: a.png: Permission denied"),
-    (MemoryError("9 GB"), 2, f"{OUT_OF_MEMORY} (9 GB)"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, f"{OUT_OF_MEMORY} (CUDA out of memory)"),
-    (RuntimeError("can't allocate memory"), 2, f"{OUT_OF_MEMORY} (can't allocate memory)"),
+    (
+        torch.OutOfMemoryError("9 GB"),
+        2,
+        "error: out of memory; try --batch_size 1, --gradient_checkpointing, --quantize nf4, "
+        "--offload model or smaller pictures (9 GB)",
+    ),
     (KeyboardInterrupt(), "\nstopped; the same command goes on from what is saved", ""),
 ]
 
@@ -199,25 +177,11 @@ def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, sai
     assert stop.value.code == code and capsys.readouterr().err.strip() == said
 
 
-def test_a_console_without_a_names_letters_shows_their_codes():
-    code = "import dsd; dsd.run_main(lambda: print('\\u732b.png'))"
-    console = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=console, cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.stdout, done.stderr) == ("\\u732b.png\n", "")  # and no notices of the libraries
-
-
-def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(tmp_path):
-    for library in ("diffusers", "huggingface_hub"):
-        (tmp_path / f"{library}.py").write_text("raise KeyboardInterrupt")
-        done = subprocess.run(
-            [sys.executable, ROOT / "sample.py"],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-        )
-        assert done.returncode != 0 and done.stderr == b""
-        (tmp_path / f"{library}.py").unlink()
+def test_the_libraries_print_no_notices():
+    code = "import dsd; dsd.run_main(lambda: print('done'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
@@ -243,15 +207,12 @@ def test_records_are_utf_8_and_blank_lines_count_for_nothing(tmp_path):
         dsd.read_records(file, "text")
 
 
-@pytest.mark.parametrize(
-    "error, raised", [(OSError(28, "No space left"), dsd.DsdError), (ValueError(), ValueError)]
-)
-def test_a_file_is_whole_or_as_it_was_before(tmp_path, error, raised):
+def test_a_file_is_whole_or_as_it_was_before(tmp_path):
     file = tmp_path / "file.json"
     dsd.write_json(file, {"old": 1})
-    with pytest.raises(raised), dsd.writing(file) as part:
+    with pytest.raises(dsd.DsdError), dsd.writing(file) as part:
         part.write_text("half")
-        raise error
+        raise OSError(28, "No space left")
     assert dsd.read_json(file) == {"old": 1} and list(tmp_path.iterdir()) == [file]
 
 
@@ -276,15 +237,6 @@ def test_a_model_named_in_another_way_is_the_same_run(tmp_path):
         args = argparse.Namespace(out=tmp_path / "out", model=model, enhance=model)
         dsd.open_out(args, "sample", changeable=[]).release()
         dsd.write_json(tmp_path / "out" / "result.json", {})
-
-
-def test_a_file_system_without_locks_is_named_with_its_path(tmp_path, monkeypatch):
-    def acquire(lock, blocking):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(dsd.FileLock, "acquire", acquire)
-    with pytest.raises(dsd.DsdError, match=f"cannot lock {tmp_path}/.lock .*No locks available"):
-        dsd.open_out(argparse.Namespace(out=tmp_path), "sample", changeable=[])
 
 
 def test_records_name_models_the_same_way_from_every_folder(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_unmodified_diffusers_loads_the_adapter_and_predicts_the_students_veloci
     assert set(pipe.transformer.x_embedder.scaling.values()) == {1.0}
 
 
-def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path, monkeypatch):
+def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path):
     model, file = trained(), tmp_path / dsd.ADAPTER_FILE
     dsd.save_adapter(model, tmp_path, FACTS)
     tensors = load_file(file)
@@ -140,28 +140,11 @@ def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path, mo
     assert torch.equal(b, model.x_embedder.lora_B["default"].weight) and b.abs().min() > 0
     for name, tensor in tensors.items():
         assert tensor.shape[0 if ".lora_A" in name else 1] == 4
-    hub = {"owner/name": str(tmp_path)}
-    monkeypatch.setattr(dsd, "snapshot_download", lambda name, allow_patterns: hub[name])
-    for adapter in (tmp_path, file, "owner/name"):
+    for adapter in (tmp_path, file):
         assert dsd.adapter_file(adapter) == file and dsd.adapter_facts(adapter) == FACTS
-    with pytest.raises(dsd.DsdError, match="no adapter owner/other"):
-        dsd.adapter_facts("owner/other")
     dsd.save_adapter(model, tmp_path / "half", FACTS, torch.float16)
     halves = load_file(tmp_path / "half" / dsd.ADAPTER_FILE)
     assert {tensor.dtype for tensor in halves.values()} == {torch.float16}
-
-
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
-    model = student()
-    dsd.save_adapter(model, tmp_path, FACTS)
-    infinite = {"transformer.x_embedder.lora_B.weight": torch.full((64, 64), torch.inf)}
-    edit(tmp_path / dsd.ADAPTER_FILE, lambda tensors: tensors | infinite)
-    with pytest.raises(dsd.DsdError, match="its weights are not finite"):
-        dsd.load_adapter(stock_pipe(random_transformer()), tmp_path)
-    model.x_embedder.lora_B["default"].weight.data[3, 4] = torch.nan
-    with pytest.raises(dsd.DsdError, match="not finite and is not saved"):
-        dsd.save_adapter(model, tmp_path / "new", FACTS)
-    assert not (tmp_path / "new").exists()
 
 
 def released(folder, heads=2):
@@ -279,7 +262,7 @@ def test_each_guidance_scale_changes_the_picture_after_the_unguided_steps(
 
 
 def test_a_clean_reference_stays_in_frame_1_at_every_step(conditioned, monkeypatch):
-    """Not the paper's way: no noise on it, no condition channels, and zeros in a pass without it."""
+    """Not the paper's way: no noise on it, no condition, and zeros in a pass without it."""
     run, decode, read, drawn = dsd.run_transformer, dsd.decode, [], []
 
     def run_transformer(model, tokens, *rest):

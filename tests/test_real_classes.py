@@ -102,7 +102,7 @@ def test_stock_diffusers_loads_what_is_trained_and_sampling_follows_prompt_and_g
     options += ("--width 48 --height 32 --steps 3 --prompt 'the cat at sea'",)
     guidance = "--image_guidance 1.5 --text_guidance 2"
     said = run(*options, f"'{'the ' * 600}'", guidance, "--out", tmp_path / "guided").err
-    assert "1 of 2 prompts are longer" in said
+    assert "prompts cut after" in said
     run(*options, "--out", tmp_path / "plain")
     files = "guided/0000.png", "guided/0001.png", "plain/0000.png"
     images = [dsd.open_image(tmp_path / file) for file in files]
@@ -159,12 +159,6 @@ def test_a_qwens_answer_does_not_depend_on_the_batch(qwen):
 @pytest.mark.parametrize(
     "module, options",
     [
-        (generate_grids, "--quantize nf4"),
-        (curate, "--quantize nf4"),
-        (finetune, "--quantize nf4"),
-        (sample, "--quantize nf4"),
-        (generate_grids, "--offload sequential"),
-        (sample, "--offload sequential"),
         (finetune, f"--model {HUB}"),
         (generate_grids, f"--model {HUB}"),
         (generate_grids, f"--llm {HUB}"),
@@ -216,25 +210,20 @@ def test_a_base_in_bfloat16_is_trained_in_either_precision(
     assert compiled == ([{"fullgraph": True}] if flag == "--compile" else [])
 
 
-def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path, offloading):
-    """The adapter is loaded first: it would not find weights that were taken away.
-
-    The same way of loading gives the same bytes. Another way puts the weights elsewhere in memory,
-    where a matrix product may round otherwise: so it is equal to one grey level."""
+def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_path):
+    """The same way of loading gives the same bytes. Another way puts the weights elsewhere in
+    memory, where a matrix product may round otherwise: so it is equal to one grey level."""
 
     def pictures(way):
         pipe = dsd.load_pipeline(FluxControlPipeline, dev, offload=way, adapter=tmp_path)
         options = {"image_guidance": 1.5, "text_guidance": 2.0, "unguided_steps": 1}
         # two pictures, since the parts are put back after each
-        images = [draw(pipe, seeds=[seed], **options)[0] for seed in (0, 1)]
-        assert (next(pipe.transformer.parameters()).device.type == "meta") == (way == "sequential")
-        return images
+        return [draw(pipe, seeds=[seed], **options)[0] for seed in (0, 1)]
 
     dsd.save_adapter(student(dev), tmp_path, {})
     plain = pictures("none")
     assert pictures("none") == plain
     assert difference(pictures("model"), plain) <= 1
-    assert difference(pictures("sequential"), plain) <= 1
 
 
 def test_validation_draws_with_the_models_own_steps(model, pairs, tmp_path, run, monkeypatch):
