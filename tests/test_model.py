@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from miniature import ablations, exams
 
-FACTS = {"frames": 2, "prompt_tokens": 24, "width": 32, "height": 32}
+FACTS = {"frames": 2, "clean_reference": False, "prompt_tokens": 24, "width": 32, "height": 32}
 FACTS |= {"guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 1.5}
 
 
