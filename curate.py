@@ -1,9 +1,8 @@
 """Step 2 (paper section 3.2): a vision-language model keeps the pairs that show the same subject.
 
-The grids of step 1 are cut into panels, without gutters where a model drew them. A vision-language
-model (VLM) is asked about each two panels in a chain of thought: name the common subject, describe
-it in each image, compare part by part, then give a one-word verdict. The targets of accepted pairs
-are captioned.
+The grids of step 1 are cut into panels. A vision-language model (VLM) is asked about each two of
+them in a chain of thought: name the common subject, describe it in each image, compare part by
+part, then give a one-word verdict. The targets of accepted pairs are captioned.
 
     python curate.py                                                   # the miniature, on any CPU
     python curate.py --vlm Qwen/Qwen2.5-VL-7B-Instruct --batch_size 8  # a GPU of 24 GB or more
@@ -15,7 +14,8 @@ Reads runs/grids/grids.jsonl and writes to runs/pairs (--out):
     summary.json       counts and the accept rate, by family
     accepted.png, rejected.png   contact sheets with the reasons: look at both before you train
 Started again, the same command asks only about batches that are not complete. To overrule the
-curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the command again.
+curator, change "verdict" in a file of transcripts/ to "yes" or "no" and run the command again. If
+the teacher draws gutters between the panels, cut them off with --trim.
 """
 
 import dsd
@@ -26,11 +26,10 @@ import random
 import re
 from pathlib import Path
 
-import numpy
 import torch
 from accelerate import PartialState
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageChops, ImageStat
+from PIL import ImageChops, ImageStat
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 # ---- the questions -------------------------------------------------------------------------------
@@ -61,12 +60,7 @@ def load_vlm(name, quantize="none"):
         processor.apply_chat_template(conversation(1, "?"))  # fails without a template
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # every answer starts where its question ends
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if vlm.generation_config.eos_token_id is None:
-            vlm.generation_config.eos_token_id = tokenizer.eos_token_id
-        if tokenizer.pad_token is None or vlm.generation_config.eos_token_id is None:
-            raise ValueError("its tokenizer has no eos_token, which ends an answer")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return vlm, processor
 
 
@@ -188,58 +182,14 @@ def panel_file(number, panel):
     return f"images/{number:06d}_{panel}.png"
 
 
-def gutter_depth(lines, colour):
-    """How far a gutter of a colour reaches into the lines (n, pixels, 3) beside a seam; 0: nowhere.
-
-    A gutter fills its lines and ends sharply. A plain background does not end here, or not sharply:
-    where the subject's tip is."""
-    share = (abs(lines.astype(int) - colour).max(axis=2) < 16).mean(axis=1)  # (n,) in this colour
-    whole, end = int((share < 0.98).argmax()), int((share < 0.7).argmax())  # 0: none
-    return end if 0 < whole <= end <= whole + 1 else 0
-
-
-def without_gutters(lines, parts):
-    """A grid's lines (n, pixels, 3) without the gutters that many models draw between the panels,
-    and without a frame of their colour.
-
-    Where a gutter covers a part of a panel, mirrored lines take its place: the scale stays."""
-    if parts == 1:
-        return lines
-    side = len(lines) // parts
-    reach = side // 8 + 1
-    starts, ends = [], []
-    for seam in range(side, side * parts, side):
-        colour = numpy.median(lines[seam - 1 : seam + 1], axis=(0, 1))  # (3,), of both panels
-        before = gutter_depth(lines[seam - reach : seam][::-1], colour)
-        after = gutter_depth(lines[seam : seam + reach], colour)
-        if before == 0 or after == 0:
-            return lines
-        ends.append(seam - before)
-        starts.append(seam + after)
-    starts.insert(0, gutter_depth(lines[:reach], colour))
-    ends.append(len(lines) - gutter_depth(lines[-reach:][::-1], colour))
-    whole = side - side % 8
-    panels = []
-    for k, (start, end) in enumerate(zip(starts, ends)):
-        lost = max(whole - (end - start), 0)
-        first = min(start - k * side, lost)  # of the lost lines, those before the panel
-        padding = (first, lost - first), (0, 0), (0, 0)
-        panels.append(numpy.pad(lines[start:end], padding, mode="reflect")[:whole])
-    return numpy.concatenate(panels)
-
-
-def cut_panels(image, rows, columns):
-    """The panels of a grid, in reading order, without gutters."""
-    pixels = without_gutters(numpy.asarray(image), rows)  # (H, W, 3)
-    pixels = without_gutters(pixels.swapaxes(0, 1), columns).swapaxes(0, 1)
-    return dsd.cut_grid(Image.fromarray(pixels), rows, columns)
-
-
 def save_panels(number, grid, args):
-    """Cut a grid, save its panels and return them."""
-    panels = cut_panels(dsd.open_image(args.grids / grid["file"]), grid["rows"], grid["columns"])
-    for k, panel in enumerate(panels):
-        dsd.save_image(panel, args.out / panel_file(number, k))
+    """Cut a grid, save its panels and return them. What --trim takes off is made up by scaling."""
+    image = dsd.open_image(args.grids / grid["file"])
+    panels = []
+    for k, panel in enumerate(dsd.cut_grid(image, grid["rows"], grid["columns"])):
+        inner = args.trim, args.trim, panel.width - args.trim, panel.height - args.trim
+        panels.append(panel.resize(panel.size, box=inner))
+        dsd.save_image(panels[k], args.out / panel_file(number, k))
     return panels
 
 
@@ -250,18 +200,16 @@ def judge_pairs(grids, panels, model, args):
     The question is symmetric: each two panels are asked about once, and an accepted answer gives
     both orders (our choice)."""
     question = PAIR_QUESTION + args.example
-    records, asked, cases = [], [], []
+    records = []
     for number, grid in grids.items():
+        about = {name: grid[name] for name in ("family", "subject", "prompt")}
         for i, j in itertools.combinations(range(len(panels[number])), 2):
-            pair = [panels[number][i], panels[number][j]]
-            record = {"grid": number, "panels": [i, j]}
-            record |= {name: grid[name] for name in ("family", "subject", "prompt")}
+            record = {"grid": number, "panels": [i, j], **about}
             record |= {"captions": {}, "question": question, "answer": ""}
-            record["verdict"], record["reason"] = set_aside(*pair)
+            record["verdict"], record["reason"] = set_aside(panels[number][i], panels[number][j])
             records.append(record)
-            if not record["verdict"]:
-                asked.append(record)
-                cases.append(pair)
+    asked = [record for record in records if not record["verdict"]]
+    cases = [[panels[record["grid"]][k] for k in record["panels"]] for record in asked]
     answers = ask(*model, cases, question, args.batch_size, args.max_new_tokens)
     for record, answer in zip(asked, answers):
         record["answer"] = answer
@@ -293,22 +241,20 @@ def transcript(number, grid, args):
     """The saved transcripts of one grid; [] without any, or if they are of another picture."""
     file = args.out / f"transcripts/{number:06d}.json"
     saved = dsd.read_json(file)
-    if not saved or saved.get("picture") != dsd.digest(args.grids / grid["file"]):
+    if saved.get("picture") != dsd.digest(args.grids / grid["file"]):
         return []
-    with dsd.explained(f"{file}: not a transcript; correct it or delete it"):
-        for record in saved["pairs"]:
-            if record["verdict"] not in VERDICTS:
-                raise ValueError(f'"verdict" must be "yes" or "no", not {record["verdict"]!r}')
-            missing = {"captions", "panels", "reason", "family", "subject"} - set(record)
-            if missing or not isinstance(record["captions"], dict):
-                raise ValueError("a pair without captions, panels, reason, family or subject")
-        return saved["pairs"]
+    for record in saved["pairs"]:
+        if record["verdict"] not in VERDICTS:
+            raise dsd.DsdError(f'{file}: "verdict" must be "yes" or "no"; correct it')
+    return saved["pairs"]
 
 
 def is_done(number, grid, args):
-    """Whether all pairs of a grid have been asked about, and the accepted ones captioned."""
+    """Whether a grid's panels are there, and its pairs have been asked about and captioned."""
+    panels = range(grid["rows"] * grid["columns"])
     records = transcript(number, grid, args)
-    return bool(records) and all(r["captions"] for r in records if r["verdict"] == "yes")
+    asked = records and all(r["captions"] for r in records if r["verdict"] == "yes")
+    return asked and all((args.out / panel_file(number, k)).exists() for k in panels)
 
 
 def curate_batch(batch, model, args):
@@ -349,7 +295,7 @@ def training_pairs(records):
 def count_verdicts(records):
     verdicts = collections.Counter(record["verdict"] for record in records)
     counts = {"pairs": len(records), "accept_rate": round(verdicts["yes"] / len(records), 4)}
-    return counts | {"yes": verdicts["yes"], "no": verdicts["no"]} | verdicts
+    return counts | {"yes": 0, "no": 0} | verdicts
 
 
 def draw_sheet(records, args, name):
@@ -376,21 +322,17 @@ def write_results(records, args):
     draw_sheet([r for r in records if r["verdict"] == "yes"], args, "accepted.png")
     draw_sheet([r for r in records if r["verdict"] != "yes"], args, "rejected.png")
     if not pairs:
-        raise dsd.DsdError(
-            f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png and "
-            "transcripts/); make more or better grids, or try another --vlm or a higher --tolerance"
-        )
-    rate = f"{summary['accept_rate']:.0%}"
-    print(
-        f"{summary['yes']} of {len(records)} pairs accepted ({rate}; the verdicts are in "
-        f"summary.json): {len(pairs)} training pairs in {args.out}"
-    )
+        found = f"none of {len(records)} pairs was accepted (see {args.out}/rejected.png)"
+        ways = "make more or better grids, or try another --vlm or a higher --tolerance"
+        raise dsd.DsdError(f"{found}; {ways}")
+    accepted = f"{summary['yes']} of {len(records)} pairs accepted ({summary['accept_rate']:.0%})"
+    print(f"{accepted}: {len(pairs)} training pairs in {args.out}")
 
 
 # ---- command line --------------------------------------------------------------------------------
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/pairs")
-    add, whole = parser.add_argument, dsd.at_least(1)
+    add, whole, positive = parser.add_argument, dsd.at_least(0), dsd.at_least(1)
     about = "the curator: an image-text-to-text folder or hub name"
     add("--vlm", default=dsd.MINIATURE / "vlm", help=about)
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
@@ -398,44 +340,30 @@ def parse_args():
     add("--caption", choices=["description", "instruction"], default="description", help=about)
     add("--example", default=EXAMPLE, help="a sample answer, which is appended to the question")
     about = "accept a pair if the comparison names at most this many differing parts"
-    add("--tolerance", type=dsd.at_least(0), default=0, help=about)
-    add("--batch_size", type=whole, default=64, help="pairs in a batch; affects speed and memory")
+    add("--tolerance", type=whole, default=0, help=about)
+    add("--batch_size", type=positive, default=64, help="pairs asked about together")
     about = "longest answer; longer ones count as truncated"
-    add("--max_new_tokens", type=whole, default=400, help=about)
+    add("--max_new_tokens", type=positive, default=400, help=about)
+    add("--trim", type=whole, default=0, help="pixels to cut off at each side of a panel")
     return parser.parse("curate", folder="vlm")
 
 
 def read_grids(args):
-    """The grids of generate_grids.py, {number: record}; one that is listed twice counts once."""
-    file, again = args.grids / "grids.jsonl", "run generate_grids.py again"
+    """The grids of generate_grids.py, {number: record}, if their pictures are all there."""
+    file = args.grids / "grids.jsonl"
     if not file.exists():
         raise dsd.DsdError(f"no {file}; run generate_grids.py first, or give --grids")
-    records = dsd.read_records(file, "file", "prompt", "subject", "family")
-    grids = list({record["file"]: record for record in records}.values())
-    if not grids:
-        raise dsd.DsdError(f"{file}: no grids; {again}")
-    for grid in grids:
-        sides = [grid.get("rows"), grid.get("columns")]
-        if sides == [1, 1] or any(side not in range(1, 9) for side in sides):
-            raise dsd.DsdError(f"{file}: 1 to 8 rows and columns, more than one panel; {again}")
+    grids = dsd.read_records(file, "file", "prompt", "subject", "family")
+    missing = [grid["file"] for grid in grids if not (args.grids / grid["file"]).exists()]
+    if missing or not grids:
+        lack = f"{len(missing)} of {len(grids)} grids are missing, such as {missing[:1]}"
+        raise dsd.DsdError(f"{file}: {lack}; run generate_grids.py again")
     return dict(enumerate(grids))
-
-
-def check_grids_exist(grids, args):
-    """Refuse an unfinished run of generate_grids.py before a model is loaded."""
-    files = [args.grids / grid["file"] for grid in grids.values()]
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        raise dsd.DsdError(
-            f"{len(missing)} of {len(grids)} grids are missing, such as {missing[0]}; run "
-            "generate_grids.py again"
-        )
 
 
 def main():
     args = parse_args()
     grids = read_grids(args)
-    check_grids_exist(grids, args)
     lock = dsd.open_out(args, "curate", changeable=["grids", "batch_size"])
     unfinished = {number for number, grid in grids.items() if not is_done(number, grid, args)}
     model = load_vlm(args.vlm, args.quantize) if unfinished else None
@@ -443,10 +371,6 @@ def main():
     for batch in dsd.batches(list(grids.items()), grids_in_batch, "curate"):
         if unfinished & dict(batch).keys():
             curate_batch(dict(batch), model, args)
-        for number, grid in batch:
-            panels = [panel_file(number, k) for k in range(grid["rows"] * grid["columns"])]
-            if not all((args.out / panel).exists() for panel in panels):  # deleted since
-                save_panels(number, grid, args)
     if PartialState().is_main_process:
         records = []
         for number, grid in grids.items():

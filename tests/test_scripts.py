@@ -472,11 +472,10 @@ def test_a_grid_behind_which_another_picture_lies_is_asked_about_again(curated, 
     assert not any("000001" in name for name in changed)
 
 
-def test_a_panel_that_was_deleted_is_cut_again_without_a_model(curated, step, monkeypatch):
+def test_a_panel_that_was_deleted_is_cut_again(curated, step):
     folder, start = curated
     before = written(folder)
     (folder / "images" / "000001_2.png").unlink()
-    monkeypatch.setattr(curate, "load_vlm", None)
     step(*start)
     assert written(folder) == before
 
