@@ -198,12 +198,12 @@ def flux_settings():
     return {
         "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
         "generate_grids": {
-            "count": 400,
+            "count": 240,
             "batch_size": 16,
             "steps": 20,
             "panel": PANEL,
             "guidance_scale": 1.0,
-            "true_cfg_scale": 3.0,
+            "true_cfg_scale": 1.5,
             "negative": False,
             "agreement": 1.0,
             "panel_tokens": TOKENS[1, 1],
