@@ -60,7 +60,7 @@ N_IDENTITIES = math.prod(RADIX)
 # attributes, in UNRELATED some panels, but not all, show other critters of the same noun. In OTHER
 # of these the caption says so, with "other" in place of "the same".
 SLIPS = 0.1
-UNRELATED = 1 / 3
+UNRELATED = 1 / 5
 OTHER = 0.9
 # Share of single panels' captions that also name colours, pattern and eyes, so that these words are
 # known. Sheets' captions never do: where words tell the details, no panel needs the others.
@@ -392,8 +392,7 @@ def _render(identity, context, pose, size):
         return (0.5 - distance / (2 * soft)).clamp(0, 1).unsqueeze(1)  # (N, 1, S, S)
 
     def paint(image, distance, colour):
-        m = mask(distance)
-        return image + m * (colour - image)
+        return image + mask(distance) * (colour - image)
 
     image = _background(scene, X, Y, paint) * _look_up(_CAST, light).view(n, 3, 1, 1)
 
@@ -401,39 +400,9 @@ def _render(identity, context, pose, size):
     cx, cy, scale, tilt = (p.view(n, 1, 1) for p in pose.unbind(1))
     dx, dy = (X - cx) / scale, (Y - cy) / scale
     x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
-    shape, ears, colour, second, pattern, eyes = identity.unbind(1)
-    palette = torch.tensor(list(COLOURS.values()))
-    main, trim = palette[colour].view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
-
-    body, ear = torch.empty_like(x), torch.empty_like(x)
-    for k in range(len(IDENTITY["shape"])):
-        i = shape == k
-        body[i] = _body(k, x[i], y[i])
-    for k in range(len(IDENTITY["ears"])):
-        i = ears == k
-        ear[i] = _ears(
-            k, x[i], y[i], *(_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y))
-        )
-    feet = _ellipse(x.abs() - 0.21, y - 0.47, 0.19, 0.13)
-
-    ink = torch.tensor([0.08, 0.06, 0.10]).view(1, 3, 1, 1)
-    critter = image
-    for part, fill in ((ear, trim), (feet, trim), (body, main)):
-        critter = paint(critter, part - 0.035, ink)  # an outline, then the fill
-        critter = paint(critter, part, fill)
-    marks = torch.full_like(x, 9.0)
-    areas = {  # large ones, each seen beside every accessory; distances in the critter's own frame
-        "belly": _ellipse(x, y - 0.20, 0.24, 0.22),
-        "trousers": 0.14 - y,
-        "hood": y + 0.20,
-        "side": x,
-    }
-    for name, area in areas.items():
-        worn = pattern == IDENTITY["pattern"].index(name)
-        marks[worn] = area[worn]
-    critter = paint(critter, torch.maximum(marks, body + 0.02), trim)
-    critter = _face(critter, eyes, x, y, paint)
-    critter = _accessory(critter, accessory, x, y, _look_up(_TOP_Y, shape).view(n, 1, 1), paint)
+    critter, whole = _critter(image, identity, x, y, paint)
+    top = _look_up(_TOP_Y, identity[:, COLUMN["shape"]]).view(n, 1, 1)
+    critter = _accessory(critter, accessory, x, y, top, paint)
 
     # light: the critter has less of the cast than the scene, and a shade away from the lamp
     lamp = _look_up(_LIGHT_FROM, light)
@@ -443,11 +412,47 @@ def _render(identity, context, pose, size):
         * (0.70 + 0.30 * _look_up(_CAST, light).view(n, 3, 1, 1))
         * (1 + 0.30 * toward.clamp(-0.6, 0.6))
     )
-    whole = torch.stack([body, ear, feet]).amin(0) - 0.035
     image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (
         lit - image
     )
     return F.avg_pool2d(image.clamp(0, 1), 2)
+
+
+def _critter(image, identity, x, y, paint):
+    """The critter without accessory and light, painted on `image`, and the distance to it
+    (N, S, S). x, y (N, S, S): the critter's own frame."""
+    n = len(identity)
+    shape, ears, colour, second, pattern, eyes = identity.unbind(1)
+    palette = torch.tensor(list(COLOURS.values()))
+    main, trim = palette[colour].view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
+    ink = torch.tensor([0.08, 0.06, 0.10]).view(1, 3, 1, 1)
+
+    body, ear = torch.empty_like(x), torch.empty_like(x)
+    for k in range(len(IDENTITY["shape"])):
+        i = shape == k
+        body[i] = _body(k, x[i], y[i])
+    for k in range(len(IDENTITY["ears"])):
+        i = ears == k
+        ear_x, ear_y = (_look_up(table, shape[i]).view(-1, 1, 1) for table in (_EAR_X, _EAR_Y))
+        ear[i] = _ears(k, x[i], y[i], ear_x, ear_y)
+    feet = _ellipse(x.abs() - 0.21, y - 0.47, 0.19, 0.13)
+
+    for part, fill in ((ear, trim), (feet, trim), (body, main)):
+        image = paint(image, part - 0.035, ink)  # an outline, then the fill
+        image = paint(image, part, fill)
+    marks = torch.full_like(x, 9.0)
+    areas = {  # large ones, each seen beside every accessory
+        "belly": _ellipse(x, y - 0.20, 0.24, 0.22),
+        "trousers": 0.14 - y,
+        "hood": y + 0.20,
+        "side": x,
+    }
+    for name, area in areas.items():
+        worn = pattern == IDENTITY["pattern"].index(name)
+        marks[worn] = area[worn]
+    image = paint(image, torch.maximum(marks, body + 0.02), trim)
+    image = _face(image, eyes, x, y, paint)
+    return image, torch.stack([body, ear, feet]).amin(0) - 0.035
 
 
 def _background(scene, X, Y, paint):
@@ -593,30 +598,18 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     images = render(
         *(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size
     )
-    images = (
-        images.view(n, rows, columns, 3, size, size)
-        .permute(0, 3, 1, 4, 2, 5)
-        .flatten(4, 5)
-        .flatten(2, 3)
-    )
+    cells = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5)
+    images = cells.flatten(4, 5).flatten(2, 3)  # (n, 3, rows * size, columns * size)
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()
+    detailed = draw[:, 0] < DETAILED
     said = unrelated & (draw[:, 0] < OTHER)  # the caption tells that they are not all the same
-    if p == 1:
-        detailed = (draw[:, 0] < DETAILED).tolist()
-        captions = [
-            panel_caption(identity[i], context[i, 0], detailed[i], named[i][0]) for i in range(n)
-        ]
-    else:
-        captions = [
-            sheet_caption(
-                identity[i],
-                context[i],
-                layout,
-                bool(relight[i]),
-                int(draw[i, 1] < 0.3),
-                named[i],
-                bool(said[i]),
-            )
-            for i in range(n)
-        ]
+    other_wording = draw[:, 1] < 0.3
+    captions = []
+    for i in range(n):
+        if p == 1:
+            caption = panel_caption(identity[i], context[i, 0], bool(detailed[i]), named[i][0])
+        else:
+            ways = bool(relight[i]), int(other_wording[i]), named[i], bool(said[i])
+            caption = sheet_caption(identity[i], context[i], layout, *ways)
+        captions.append(caption)
     return images, captions
