@@ -89,8 +89,8 @@ def prompt_tokens(model, kind):
 
 
 def prompt_guidance(model):
-    """The scale of the prompt guidance (by a second pass) with which the teacher draws grids."""
-    return dsd.folder_settings(model, "generate_grids").get("true_cfg_scale", 1.0)
+    """The scale of the prompt guidance (by a second pass) in the rows of the untrained teacher."""
+    return dsd.folder_settings(model, "evaluate").get("true_cfg_scale", 1.0)
 
 
 def teacher(pipe, cases, args, prompts=None, frames=1, **more):

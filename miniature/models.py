@@ -196,7 +196,11 @@ def grammar():
 def flux_settings():
     """What the scripts read from the model's folder (dsd.json): their settings, and the grammar."""
     return {
-        "evaluate": {"panel_prompt_tokens": TOKENS[1, 1], "sheet_prompt_tokens": TOKENS[1, 2]},
+        "evaluate": {
+            "panel_prompt_tokens": TOKENS[1, 1],
+            "sheet_prompt_tokens": TOKENS[1, 2],
+            "true_cfg_scale": 3.0,
+        },
         "generate_grids": {
             "count": 240,
             "batch_size": 16,
