@@ -6,10 +6,9 @@
 
 The reference (frame 1) and the edit (frame 2) lie side by side on one canvas, twice as wide as a
 picture. The model sees the condition [reference | black] beside the noisy canvas and learns to draw
-both frames: frame 1 as it is, frame 2 as prompted. --clean_reference is another way, which is not
-the paper's but newer (OminiControl, UNO, FLUX.1 Kontext): frame 1 is the reference itself and never
-has noise, there is no condition, and the loss is frame 2's. The adapter says which way it was
-trained, and sampling follows.
+both frames: frame 1 as it is, frame 2 as prompted. --clean_reference is newer, not the paper's way
+(OminiControl, UNO, FLUX.1 Kontext): frame 1 is the reference itself, without noise, there is no
+condition, and the loss is frame 2's alone. The adapter keeps which way it is, and sampling follows.
 
 Pictures and prompts are encoded once, to --out/cache; then the encoders are dropped and training
 reads only tensors.
@@ -132,6 +131,7 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     no_prompt = (u >= half) & (u < half + args.prompt_dropout)  # (n,)
     noise_seeds = torch.randint(2**31, (n,), generator=generator)
 
+    # every process has drawn the whole batch's numbers; each computes its own share
     mine = slice(accelerator.process_index, n, accelerator.num_processes)
     x_0, condition, text = read_cache([pairs[i] for i in indices[mine]])
     eps = torch.empty_like(x_0)
@@ -154,16 +154,17 @@ def batch_losses(model, batch, size, args):
 
     size: of the canvas, see `canvas_size`."""
     x_0, eps, sigma, condition, *text = batch
-    ids = dsd.position_ids(*size).to(x_0.device)
     x_sigma = dsd.interpolate(x_0, eps, sigma)
-    if args.clean_reference:  # all tokens share frame 2's sigma, though frame 1 has no noise
+    ids = dsd.position_ids(*size).to(x_sigma.device)
+    if args.clean_reference:  # the model is told frame 2's sigma, though frame 1 has no noise
         x_sigma, condition = dsd.with_clean_reference(x_sigma, condition, ids)
     tokens = torch.cat([x_sigma, condition], dim=2)  # (b, N, 128)
     v_pred = dsd.run_transformer(model, tokens, sigma, text, ids, args.guidance_scale)
     v = dsd.velocity(x_0, eps)
-    if args.clean_reference:  # frame 1 is given: only frame 2 is learned
-        v_pred, v = (dsd.split_frames(tokens, *size)[1] for tokens in (v_pred, v))
-    if args.frames == 1 or args.clean_reference:
+    if args.clean_reference:  # frame 1 is given, not drawn
+        _, v_pred = dsd.split_frames(v_pred, *size)
+        _, v = dsd.split_frames(v, *size)
+    if args.frames == 1 or args.clean_reference:  # the loss of frame 2 alone
         loss = (v_pred.float() - v).square().mean()
         return torch.stack([loss, 0 * loss, loss])
     return torch.stack(dsd.two_frame_loss(v_pred, v, *size, args.frame_weights))
@@ -179,11 +180,9 @@ def learning_rate_share(step, steps, warmup=20):
 def load_student(args):
     """The teacher's transformer, widened, with LoRA in float32: it still is exactly the teacher."""
     dtype = torch.float32 if args.precision == "no" else None  # without autocast there is one dtype
-    others = dict.fromkeys(["vae", "text_encoder", "text_encoder_2"])
-    transformer = dsd.load_pipeline(
-        FluxControlPipeline, args.model, args.quantize, dtype=dtype, **others
-    ).transformer
-    dsd.add_lora(dsd.widen(transformer), args.rank)
+    parts = {"vae": None, "text_encoder": None, "text_encoder_2": None, "dtype": dtype}
+    pipe = dsd.load_pipeline(FluxControlPipeline, args.model, args.quantize, **parts)
+    transformer = dsd.add_lora(dsd.widen(pipe.transformer), args.rank)
     cast_training_params(transformer, torch.float32)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -234,11 +233,13 @@ def resume(parameters, optimizer, args):
 def train(pipe, pairs, held_out, null_text, args, accelerator):
     """The loop: draw a batch, add noise, predict, compare both frames, step. Returns the log."""
     parameters, optimizer = make_optimizer(pipe.transformer, args)
-    log, size = resume(parameters, optimizer, args), canvas_size(pipe, args)
+    log = resume(parameters, optimizer, args)
+    size = canvas_size(pipe, args)
     model, optimizer = accelerator.prepare(
         pipe.transformer, optimizer, device_placement=[False, True]
     )
-    main_process, saved = accelerator.is_main_process, len(log)
+    main_process = accelerator.is_main_process
+    saved = len(log)  # steps in the last checkpoint
     steps = range(saved, args.steps)
     bar = tqdm(steps, "finetune", initial=saved, total=args.steps, disable=not main_process)
     for step in bar:
@@ -262,7 +263,8 @@ def train(pipe, pairs, held_out, null_text, args, accelerator):
         optimizer.step()
         optimizer.zero_grad()
         log.append({"step": step, "loss": loss, "frame_1": frame_1, "frame_2": frame_2})
-        done, last = step + 1, step + 1 == args.steps
+        done = step + 1
+        last = done == args.steps
         if main_process and held_out and (last or done % args.validate_every == 0):
             with accelerator.autocast():
                 log[-1] |= validate(pipe, held_out, null_text, args, done)
@@ -283,9 +285,9 @@ def validate(pipe, held_out, null_text, args, step):
     Pairs, noise and noise levels are the same at every step, so that losses can be compared."""
     device, generator = pipe.transformer.device, torch.Generator().manual_seed(0)
     chosen = random.Random(0).sample(held_out, min(24, len(held_out)))
-    own = 20 if pipe.scheduler.config.use_dynamic_shifting else 4  # FLUX.1-schnell
+    few_steps = not pipe.scheduler.config.use_dynamic_shifting  # FLUX.1-schnell
+    steps = dsd.folder_settings(args.model, "sample").get("steps", 4 if few_steps else 20)
     settings = {name: getattr(args, name) for name in ("frames", "clean_reference", *SCALES)}
-    settings["steps"] = dsd.folder_settings(args.model, "sample").get("steps", own)
     losses, rows = 0, []
     for i in range(0, len(chosen), args.batch_size):
         part = chosen[i : i + args.batch_size]
@@ -299,7 +301,7 @@ def validate(pipe, held_out, null_text, args, step):
         reference, target = open_pair(args, pair)
         text = [tensor.to(device) for tensor in read_cache([pair])[2]]
         pixels = dsd.to_pixels([reference])
-        image = dsd.sample_edit(pipe, pixels, text, null_text, [seed], **settings)[0]
+        image = dsd.sample_edit(pipe, pixels, text, null_text, [seed], steps, **settings)[0]
         row = [(reference, "reference"), (image, pair["prompt"]), (target, "the pair's target")]
         rows.append(row)
     dsd.contact_sheet(rows, args.out / "validation" / f"step_{step:06d}.png")
@@ -309,10 +311,11 @@ def validate(pipe, held_out, null_text, args, step):
 def draw_losses(log, path, window=25):
     """loss.png: both frames in training, means over up to `window` steps, and on held-out pairs."""
     figure = Figure(figsize=(7, 4))
-    axes, k = figure.subplots(), min(window, len(log))
+    axes = figure.subplots()
+    k = min(window, len(log))
     frames = ("frame_1", "frame 1 (identity)", "C0"), ("frame_2", "frame 2 (edit)", "C1")
     for name, label, colour in frames:
-        means = numpy.convolve([r[name] for r in log], [1 / k] * k, "valid")
+        means = numpy.convolve([r[name] for r in log], [1 / k] * k, "valid")  # moving means
         axes.plot(range(k, len(log) + 1), means, colour, label=label)
         validated = [r for r in log if f"held_out_{name}" in r]
         if validated:
@@ -367,8 +370,9 @@ def parse_args():
 def prepare(args, processes):
     """Refuse invalid settings, fill in open ones. Returns the pairs to train on, and held out."""
     pairs, held_out = read_pairs(args)
-    size = dsd.open_image(args.pairs / pairs[0]["reference_file_name"]).size
-    args.width, args.height = args.width or size[0], args.height or size[1]
+    first = dsd.open_image(args.pairs / pairs[0]["reference_file_name"])
+    args.width = args.width or first.width
+    args.height = args.height or first.height
     args.precision = args.precision or ("bf16" if dsd.weight_dtype() == torch.bfloat16 else "no")
     dsd.check_model(args.model, args.width, args.height)
     if args.batch_size % processes:

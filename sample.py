@@ -68,13 +68,14 @@ def find_references(args):
 def enhance(args, references):
     """What a vision-language model sees in each reference, {file: details}, to complete the prompts
     (released code). Of several processes the first asks, and the others read its answers."""
-    path, question, model = args.out / "details.json", curate.DETAILS_QUESTION, None
+    path, model = args.out / "details.json", None
     with PartialState().main_process_first():
         seen = dsd.read_json(path)
         for file, image in references.items():
             if file not in seen:
                 model = model or curate.load_vlm(args.enhance, args.quantize)
-                answer = curate.ask(*model, [[image]], question, batch_size=1, max_new_tokens=40)[0]
+                question = [[image]], curate.DETAILS_QUESTION
+                (answer,) = curate.ask(*model, *question, batch_size=1, max_new_tokens=40)
                 seen[file] = answer.removesuffix(curate.TRUNCATED).strip()
                 dsd.write_json(path, seen)
             print(f"{file}: {seen[file]}")
@@ -107,8 +108,9 @@ def draw_pictures(pipe, images, prompts, seeds, args, facts):
 def save_with_settings(image, path, case, args):
     """A PNG that carries its own settings: `json.loads(Image.open(path).text["dsd"])`."""
     about = case | {name: getattr(args, name) for name in (*SETTINGS, "fit", "quantize")}
-    for name, given in (("image", case["image"]), ("model", args.model), ("adapter", args.adapter)):
-        about[name] = dsd.name_of(given)
+    about["image"] = dsd.name_of(case["image"])
+    about["model"] = dsd.name_of(args.model)
+    about["adapter"] = dsd.name_of(args.adapter)
     text = json.dumps(about, ensure_ascii=False)
     info = PngInfo()
     info.add_itxt("dsd", text.encode(errors="backslashreplace").decode())
@@ -146,18 +148,12 @@ def parse_args():
     add("--adapter", type=Path, help=f"folder with {dsd.ADAPTER_FILE}, or that file")
     add("--image", nargs="+", type=Path, help="pictures or folders (default: the model's own)")
     add("--prompt", nargs="+", help="what to draw (default: the model's own)")
-    add(
-        "--enhance", metavar="VLM", help="this model completes prompts with the references' details"
-    )
-    add(
-        "--fit",
-        choices=["crop", "pad"],
-        default="crop",
-        help="other proportions: crop, or add white",
-    )
-    add(
-        "--seed", type=dsd.at_least(0), nargs="+", default=[0], help="of the noise; each draws once"
-    )
+    text = "this model completes prompts with the references' details"
+    add("--enhance", metavar="VLM", help=text)
+    text = "other proportions: crop, or add white"
+    add("--fit", choices=["crop", "pad"], default="crop", help=text)
+    text = "of the noise; each draws once"
+    add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help=text)
     add_drawing_options(parser)
     adapter = parser.peek("adapter") or find_adapter(parser.peek("model"))
     facts = dsd.adapter_facts(adapter) if adapter else {}
