@@ -122,6 +122,12 @@ def decode(vae, tokens, h, w):
     return vae.decode(latents.to(vae.dtype)).sample
 
 
+def decode_images(pipe, tokens, h, w):
+    """Packed latents (B, N, 64) of h x w latent pixels -> B images, by a pipeline's VAE."""
+    pixels = decode(pipe.vae, tokens, h, w)
+    return to_images(pipe.image_processor.postprocess(pixels, output_type="pt"))
+
+
 # ---- images: grids and canvases ----------------------------------------------------------------
 def cut_grid(image, rows=2, columns=2):
     """Cut a grid into its panels, a list of rows * columns images in reading order."""
@@ -270,18 +276,21 @@ def sample_edit(
     unguided_steps=2,
     frames=2,
     clean_reference=False,
+    canvases=None,
 ):
     """Zero-shot sampling (section 3.3): B images of the references' subjects, as the prompts say.
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers,
     one for each image's own generator, so that the batch size changes an image by rounding only;
     the first steps are not guided (released code). Both frames are denoised from noise and the left
     one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone.
-    clean_reference (not the paper's way): frame 1 is the reference, see `with_clean_reference`."""
+    clean_reference (not the paper's way): frame 1 is the reference, see `with_clean_reference`.
+    canvases: a list; it is given the B images that the canvas shows after each step."""
     vae, transformer = pipe.vae, pipe.transformer
     dtype, device = transformer.dtype, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shown = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
     height, width = shown.shape[2:]
+    size = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
     condition = encode(vae, shown, generators).to(dtype)  # (B, N, 64), sampled (released code)
     x, ids = pipe.prepare_latents(
         len(seeds), vae.config.latent_channels, height, width, dtype, device, generators
@@ -299,13 +308,14 @@ def sample_edit(
         model = functools.partial(predict, sigma)
         v = guided_velocity(model, x, condition, text, null_text, s_i, s_t)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
+        if clean_reference:
+            x, _ = with_clean_reference(x, condition, ids)
+        if canvases is not None:
+            canvases.append(decode_images(pipe, x, *size))
 
-    if clean_reference:
-        x, _ = with_clean_reference(x, condition, ids)
-    decoded = decode(vae, x, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    images = decode_images(pipe, x, *size)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
-    frame_2 = decoded[..., -references.shape[3] :]
-    return to_images(pipe.image_processor.postprocess(frame_2, output_type="pt"))
+    return [cut_grid(image, 1, frames)[-1] for image in images]
 
 
 # ---- the method ends here; what follows is housekeeping, first: errors and files ---------------

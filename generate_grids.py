@@ -323,9 +323,9 @@ def draw_agreeing_grids(pipe, grids, generators, args):
         model = functools.partial(predict, t)
         v = agreement_velocity(model, x, text, null_text, panel_text, layout, a, b)
         x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
-    pixels = dsd.decode(pipe.vae, x, rows * layout.h, columns * layout.w)
+    images = dsd.decode_images(pipe, x, rows * layout.h, columns * layout.w)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
-    return dsd.to_images(pipe.image_processor.postprocess(pixels, output_type="pt"))
+    return images
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ padded (--fit), to the right proportions. Adapters: what finetune.py wrote, or t
 folder. Without --adapter: the one in runs/adapter, finished or not, else the one shipped with the
 model. An adapter sets its own picture size and guidance; flags override them.
 
-Writes to --out: a PNG for each picture, with its settings in the PNG's text fields, and
-`contact_sheet.png` with the references on the left. Started again, the same command draws only what
-is missing.
+Writes to --out: a PNG for each picture, with its settings in the PNG's text fields (--animate: also
+a GIF of both frames after each step), and `contact_sheet.png` with the references on the left.
+Started again, the same command draws only what is missing.
 """
 
 import dsd
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from diffusers import FluxControlPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import curate
@@ -95,11 +95,12 @@ def all_cases(args, files, details):
 
 
 # ---- drawing -----------------------------------------------------------------------------------
-def draw_pictures(pipe, images, prompts, seeds, args, facts):
+def draw_pictures(pipe, images, prompts, seeds, args, facts, canvases=None):
     """Draw B pictures: the subject of each reference image as its prompt says.
 
-    facts: of the adapter, "frames" and "clean_reference" (which is not the paper's way)."""
-    way = facts["frames"], facts["clean_reference"]
+    facts: of the adapter, "frames" and "clean_reference" (which is not the paper's way). canvases:
+    see `dsd.sample_edit`."""
+    way = facts["frames"], facts["clean_reference"], canvases
     text, null_text = dsd.encode_prompts(pipe, prompts), dsd.encode_prompts(pipe, [""])
     settings = [getattr(args, name) for name in SETTINGS]
     return dsd.sample_edit(pipe, dsd.to_pixels(images), text, null_text, seeds, *settings, *way)
@@ -115,6 +116,15 @@ def save_with_settings(image, path, case, args):
     info = PngInfo()
     info.add_itxt("dsd", text.encode(errors="backslashreplace").decode())
     dsd.save_image(image, path, pnginfo=info)
+
+
+def save_animation(canvases, path):
+    """A GIF of one picture being drawn: its canvas after each step, enlarged if it is small."""
+    scale = max(1, 128 // canvases[0].height)
+    first, *others = [ImageOps.scale(image, scale, Image.NEAREST) for image in canvases]
+    shown = [100] * len(others) + [2000]  # milliseconds
+    with dsd.writing(path) as part:
+        first.save(part, "GIF", append_images=others, duration=shown, save_all=True, loop=0)
 
 
 def draw_sheet(references, cases, paths, path):
@@ -154,6 +164,7 @@ def parse_args():
     add("--fit", choices=["crop", "pad"], default="crop", help=text)
     text = "of the noise; each draws once"
     add("--seed", type=dsd.at_least(0), nargs="+", default=[0], help=text)
+    add("--animate", action="store_true", help="also a GIF of each picture: both frames, each step")
     add_drawing_options(parser)
     adapter = parser.peek("adapter") or find_adapter(parser.peek("model"))
     facts = dsd.adapter_facts(adapter) if adapter else {}
@@ -190,7 +201,11 @@ def main():
         images = [references[case["image"]] for case, _ in batch]
         texts = [case["text"] for case, _ in batch]
         seeds = [case["seed"] for case, _ in batch]
-        drawn = draw_pictures(pipe, images, texts, seeds, args, facts)
+        canvases = [] if args.animate else None
+        drawn = draw_pictures(pipe, images, texts, seeds, args, facts, canvases)
+        if args.animate:
+            for (_, path), steps in zip(batch, zip(*canvases)):
+                save_animation(steps, path.with_suffix(".gif"))
         for (case, path), image in zip(batch, drawn):
             save_with_settings(image, path, case, args)
     if PartialState().is_main_process:

@@ -537,6 +537,15 @@ def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(copied, tmp_
     assert dsd.open_image(tmp_path / "out" / "0000.png").size == (48, 32)
 
 
+def test_an_animation_shows_both_frames_after_each_step(copied, tmp_path, draw):
+    draw("--animate --steps 3")
+    with Image.open(tmp_path / "out" / "0000.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (256, 128)  # enlarged
+        gif.seek(2)
+        frame_2 = gif.convert("RGB").resize((64, 32), Image.NEAREST).crop((32, 0, 64, 32))
+    assert difference(frame_2, dsd.open_image(tmp_path / "out" / "0000.png")) < 64  # 256 colours
+
+
 def test_sample_takes_the_released_layout(pipe, tmp_path, draw):
     state = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     width = len(state["x_embedder.bias"])
