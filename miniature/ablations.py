@@ -4,7 +4,9 @@
     python -m miniature.ablations --rows ablation  # only some rows, by their names or groups
 
 An ablation is trained by finetune.py at the miniature's settings, but for what its name says, on
-the pairs of curate.py (--pairs); "DSD, nothing left out" is the row to compare it with.
+the pairs of curate.py (--pairs); "DSD, nothing left out" is the row to compare it with. Without
+agreement guidance twice as many grids are drawn, at the text guidance that is best without it: the
+first half, or as many pairs as --pairs holds (if there are so many).
 
 Two rivals learn from the same pairs, as many steps: the paper's comparisons in small. The teacher
 stays frozen. Both draw one frame and get the reference as DSD's --frames 1 does, x and condition
@@ -35,12 +37,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import (
-    FluxControlNetModel,
-    FluxControlPipeline,
-    FluxInpaintPipeline,
-    FluxPipeline,
-)
+from diffusers import FluxControlNetModel, FluxControlPipeline, FluxInpaintPipeline, FluxPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.training_utils import cast_training_params
@@ -58,15 +55,14 @@ STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # of SDEdit
 TUNING = {50: 5e-4, 200: 5e-4}  # of DreamBooth-LoRA: steps -> learning rate, the best tried: LOG.md
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "nothing left out": ("curated", []),
-    "no curation, as many pairs": ("as many", []),
-    "no curation, all pairs": ("uncurated", []),
+    "no curation, as many pairs": ("by lot", []),
+    "no agreement guidance, as many grids": ("as many grids", []),
+    "no agreement guidance, as many pairs": ("as many pairs", []),
     "no identity frame in the loss": ("curated", ["--frame_weights", 0, 1]),
     "both frames weigh the same": ("curated", ["--frame_weights", 1, 1]),
     "clean reference tokens (not the paper's)": ("curated", ["--clean_reference"]),
     "single frame": ("curated", ["--frames", 1]),
     "captions without pose words": ("no poses", []),
-    "only condition columns": ("curated", ["--lora_lr_factor", 0]),
-    "only LoRA": ("curated", ["--condition_lr_factor", 0]),
     "half of the pairs": ("half", []),
     "a quarter of the pairs": ("quarter", []),
     "LoRA rank 4": ("curated", ["--rank", 4]),
@@ -76,8 +72,7 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
 
 # ---- ablations: finetune.py and curate.py by their own command lines -----------------------------
 def run_script(script, *flags):
-    """Run a script of this project, or a module such as miniature.ablations, in a process of its
-    own, its output shown."""
+    """Run a script of this project, or one of its modules, in a process of its own."""
     print(f"--- {script} {' '.join(map(str, flags))}", flush=True)
     program = [dsd.MINIATURE.parent / script] if script.endswith(".py") else ["-m", script]
     if subprocess.run([sys.executable, *map(str, [*program, *flags])]).returncode:
@@ -85,30 +80,42 @@ def run_script(script, *flags):
 
 
 def pairs_for(which, args):
-    """The folder with an ablation's pairs: the curated ones, a part of them, or uncurated ones."""
+    """The folder with an ablation's pairs. Their pictures stay where they are."""
     if which == "curated":
         return args.pairs
-    source, count = args.pairs, len(dsd.read_records(args.pairs / "metadata.jsonl"))
-    if which in ("uncurated", "as many"):  # with this tolerance every comparison is accepted
-        source = args.out / "ablations" / "uncurated_pairs"
-        grids = "--grids", args.grids, "--out", source, "--device", args.device
-        run_script("curate.py", "--vlm", args.vlm, "--tolerance", 99, *grids)
-        if which == "uncurated":
-            return source
+    source, work = args.pairs, args.out / "ablations"
+    count = len(dsd.read_records(source / "metadata.jsonl"))
+    if which == "by lot":  # with this tolerance every comparison is accepted
+        source = work / "uncurated_pairs"
+        run_curation(args.grids, source, args, "--tolerance", 99)
+    if which in ("as many grids", "as many pairs"):
+        source, grids = work / "pairs_without_agreement", work / "grids_without_agreement"
+        n = len(dsd.read_records(args.grids / "grids.jsonl"))
+        guidance = "--agreement", 0, "--true_cfg_scale", evaluate.prompt_guidance(args.model)
+        how = "--model", args.model, "--device", args.device, "--count", 2 * n, "--out", grids
+        run_script("generate_grids.py", *guidance, *how)
+        run_curation(grids, source, args)
     records = dsd.read_records(source / "metadata.jsonl")
-    if which == "as many":  # any pairs at all; fewer curated ones come from fewer grids
-        some = random.Random(args.seed).sample(range(len(records)), min(count, len(records)))
-        records = [records[k] for k in sorted(some)]
-    records = records[: {"half": count // 2, "quarter": count // 4}.get(which, count)]
+    if which == "by lot":  # any pairs at all; the first ones come from fewer grids
+        random.Random(args.seed).shuffle(records)
+    if which == "as many grids":
+        records = [record for record in records if record["grid"] < n]
+    else:
+        records = records[: {"half": count // 2, "quarter": count // 4}.get(which, count)]
     poses = "|".join(filter(None, world.POSES))
     for record in records:
         if which == "no poses":
             record["prompt"] = re.sub(f" ({poses})(?= )", "", record["prompt"])
-        for side in ("reference_file_name", "target_file_name"):
+        for side in finetune.FILES:
             record[side] = (source / record[side]).resolve().as_posix()
-    folder = args.out / "ablations" / f"pairs_{which.replace(' ', '_')}"
+    folder = work / f"pairs_{which.replace(' ', '_')}"
     dsd.write_json(folder / "metadata.jsonl", records)
     return folder
+
+
+def run_curation(grids, pairs, args, *flags):
+    places = "--grids", grids, "--out", pairs, "--device", args.device
+    run_script("curate.py", "--vlm", args.vlm, *places, *flags)
 
 
 def training_flags(args):
@@ -278,8 +285,7 @@ def rival_main():
 
 # ---- DreamBooth-LoRA -----------------------------------------------------------------------------
 def with_rare_word(text, subject):
-    """A prompt with DreamBooth's rare word before the subject: "a kitten in space" -> "a sks kitten
-    in space"."""
+    """A prompt with DreamBooth's rare word before the subject: "a sks kitten in space"."""
     found = re.sub(re.escape(subject), lambda m: f"sks {m.group()}", text, flags=re.IGNORECASE)
     return found if found != text else f"sks {subject}, {text}"
 
@@ -360,13 +366,11 @@ def check_sources(rows, args):
     names = [row.name.removeprefix("DSD, ") for row in rows if row.group in ("ablation", "rival")]
     needed = {ABLATIONS.get(name, ["curated"])[0] for name in names}
     files = {args.pairs / "metadata.jsonl": needed}
-    files[args.grids / "grids.jsonl"] = needed & {"uncurated", "as many"}
+    files[args.grids / "grids.jsonl"] = needed & {"by lot", "as many grids", "as many pairs"}
     for file, used in files.items():
         if used and not file.exists():
-            raise dsd.DsdError(
-                f"no {file}, which the ablations need; run generate_grids.py and curate.py first, "
-                "name their output with --grids and --pairs, or leave these rows out with --rows"
-            )
+            ways = "give --grids and --pairs, or leave the ablations that need it out with --rows"
+            raise dsd.DsdError(f"no {file}; {ways}")
 
 
 def main():

@@ -377,16 +377,16 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, pairs, monkeypatch):
     monkeypatch.setattr(ablations, "run_script", train)
     monkeypatch.setattr(ablations, "tune", counted_tune)
     monkeypatch.setattr(ablations, "TUNING", {2: 1e-3})
-    few = {name: ablations.ABLATIONS[name] for name in ("single frame", "only LoRA")}
+    few = {name: ablations.ABLATIONS[name] for name in ("single frame", "LoRA rank 4")}
     monkeypatch.setattr(ablations, "ABLATIONS", few)
     options = "--ablation_steps 1 --references 1 --unguided_steps 0 --rows tuning DSD"
     command = ablations, TINY, options, "sampling ablation --pairs", pairs, "--out", out
     said = run(*command).out
     rows = ["in-context, clean reference", "DreamBooth-LoRA, 2 steps", "DSD"]
-    rows += ["DSD, single frame", "DSD, only LoRA"]
+    rows += ["DSD, single frame", "DSD, LoRA rank 4"]
     assert all(f"| {name} | 1 |" in said for name in rows)
     assert len({(out / "rows" / name / "0000.png").read_bytes() for name in rows}) == len(rows)
-    assert tuned == [2] and set(trained) == {"single_frame", "only_LoRA"}
+    assert tuned == [2] and set(trained) == {"single_frame", "LoRA_rank_4"}
     assert dsd.adapter_facts(out / "ablations" / "single_frame")["frames"] == 1
     asked.clear()
     trained.clear()
@@ -395,21 +395,27 @@ def test_every_row_of_the_long_table(tmp_path, run, asked, pairs, monkeypatch):
 
 
 def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
-    folders = {"pairs": pairs, "grids": "grids", "vlm": "vlm", "out": tmp_path}
-    args = argparse.Namespace(seed=0, device="cpu", **folders)
+    folders = {"pairs": pairs, "grids": tmp_path / "grids", "vlm": "vlm", "out": tmp_path}
+    args = argparse.Namespace(seed=0, device="cpu", model=dsd.MINIATURE / "flux", **folders)
+    dsd.write_json(args.grids / "grids.jsonl", [{}, {}])
     whole = dsd.read_records(pairs / "metadata.jsonl")
 
     def curated(script, *options):
-        assert script == "curate.py" and options[options.index("--tolerance") + 1] == 99
-        dsd.write_json(options[options.index("--out") + 1] / "metadata.jsonl", whole * 3)
+        told = dict(zip(options[::2], options[1::2]))
+        if script == "curate.py":
+            assert ("--tolerance" in told) == (told["--grids"] == args.grids)
+            dsd.write_json(told["--out"] / "metadata.jsonl", whole * 3)
+        else:
+            assert (told["--count"], told["--agreement"]) == (4, 0)
 
     monkeypatch.setattr(ablations, "run_script", curated)
-    counts = {"curated": 8, "half": 4, "quarter": 2, "as many": 8, "uncurated": 24}
+    counts = {"curated": 8, "half": 4, "quarter": 2, "by lot": 8}
+    counts |= {"as many grids": 12, "as many pairs": 8}
     for which, count in counts.items():
         folder = ablations.pairs_for(which, args)
         records = dsd.read_records(folder / "metadata.jsonl")
         assert len(records) == count
-        if which != "as many":
+        if which != "by lot":
             assert records[1]["prompt"] == whole[1]["prompt"]
         if which in ("half", "quarter"):
             picture = folder / records[0]["target_file_name"]
