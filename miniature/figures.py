@@ -11,6 +11,7 @@ Each writes miniature/pictures/NAME.png, or into --out.
 import dsd
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def show(figure, cells, image, title="", left=""):
 
 def save(figure, args):
     with dsd.writing(args.out / f"{args.figure}.png") as part:
-        figure.savefig(part, format="png", dpi=80, bbox_inches="tight")
+        figure.savefig(part, format="png", dpi=90, bbox_inches="tight")
 
 
 def draw_world(args):
@@ -87,11 +88,11 @@ def draw_result(args):
         top = row == 0
         show(figure, grid[row, 0], cases[row * n].image, "reference" if top else "")
         for k, setting in enumerate(SETTINGS):
-            title = setting.replace(" at noon", "") if top else ""
+            title = textwrap.fill(setting.replace(" at noon", ""), 16) if top else ""
             show(figure, grid[row, 2 + k], alone[row * n + k], title)
             show(figure, grid[row, 3 + n + k], edited[row * n + k], title)
     for x, text in ((0.37, "prompt alone"), (0.75, "prompt and reference")):
-        figure.text(x, 0.97, text, ha="center", fontsize=13, weight="bold")
+        figure.text(x, 0.985, text, ha="center", fontsize=13, weight="bold")
     save(figure, args)
 
 
