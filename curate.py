@@ -49,6 +49,7 @@ DESCRIBE_QUESTION = (
 )
 INSTRUCTION_QUESTION = "Write one instruction that turns the first image into the second."
 DETAILS_QUESTION = "Name the colours, markings and eyes of the subject in a few words."
+TRUNCATED = "[truncated]"  # ends an answer that was cut short
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -98,7 +99,6 @@ def ask(vlm, processor, cases, questions, batch_size, max_new_tokens):
 
 # ---- understanding the answer --------------------------------------------------------------------
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
-TRUNCATED = "[truncated]"
 VERDICTS = {"yes", "no", "unparsable", "truncated", "blank", "copies"}
 NUMBER = r"(?:(?:step )?\d[.):] *)?"  # "1. " or "Step 1: "
 # "Image 1" or "Image 1 (left)"
@@ -333,8 +333,7 @@ def write_results(records, args):
 def parse_args():
     parser = dsd.Parser(__doc__, "runs/pairs")
     add, whole, positive = parser.add_argument, dsd.at_least(0), dsd.at_least(1)
-    about = "the curator: an image-text-to-text folder or hub name"
-    add("--vlm", default=dsd.MINIATURE / "vlm", help=about)
+    add("--vlm", default=dsd.MINIATURE / "vlm", help="the curator: folder or hub name of a VLM")
     add("--grids", type=Path, default=Path("runs/grids"), help="what generate_grids.py wrote")
     about = "describe the target, or say how to turn the reference into it"
     add("--caption", choices=["description", "instruction"], default="description", help=about)
@@ -342,8 +341,7 @@ def parse_args():
     about = "accept a pair if the comparison names at most this many differing parts"
     add("--tolerance", type=whole, default=0, help=about)
     add("--batch_size", type=positive, default=64, help="pairs asked about together")
-    about = "longest answer; longer ones count as truncated"
-    add("--max_new_tokens", type=positive, default=400, help=about)
+    add("--max_new_tokens", type=positive, default=400, help="in an answer; else it is truncated")
     add("--trim", type=whole, default=0, help="pixels to cut off at each side of a panel")
     return parser.parse("curate", folder="vlm")
 

@@ -70,18 +70,6 @@ def sample_sigmas(n, shift, generator):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
-    """Flow-matching loss over both frames of a canvas (section 3.3): identity, then edit.
-    v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns
-    three scalars: the weighted mean of the two frames' losses, and each of them. The paper names no
-    weights. (Our choice: 1 to 10 in the miniature, so that it copies more into frame 2.)"""
-    error_1, error_2 = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
-    loss_1, loss_2 = error_1.mean(), error_2.mean()
-    w_1, w_2 = weights
-    loss = (w_1 * loss_1 + w_2 * loss_2) / (w_1 + w_2)
-    return loss, loss_1, loss_2
-
-
 # ---- latents and tokens ------------------------------------------------------------------------
 def pack(latents):
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C): each token holds a 2x2 block of latent pixels."""
@@ -229,6 +217,18 @@ def encode_prompts(pipe, prompts, tokens=None):
     """B prompts -> T5's embeddings (B, L, D) of L tokens, by default the limit; CLIP's (B, P)."""
     tokens = tokens or pipe.tokenizer_2.model_max_length
     return pipe.encode_prompt(prompts, prompts, max_sequence_length=tokens)[:2]
+
+
+def two_frame_loss(v_pred, v, h, w, weights=(1.0, 1.0)):
+    """Flow-matching loss over both frames of a canvas (section 3.3): identity, then edit.
+    v_pred, v: (B, N, C) on a canvas of h x w latent pixels, where w counts both frames. Returns
+    three scalars: the weighted mean of the two frames' losses, and each of them. The paper names no
+    weights. (Our choice: 1 to 10 in the miniature, so that it copies more into frame 2.)"""
+    error_1, error_2 = split_frames((v_pred.float() - v.float()) ** 2, h, w)  # (B, N/2, C) each
+    loss_1, loss_2 = error_1.mean(), error_2.mean()
+    w_1, w_2 = weights
+    loss = (w_1 * loss_1 + w_2 * loss_2) / (w_1 + w_2)
+    return loss, loss_1, loss_2
 
 
 # ---- guidance and sampling ---------------------------------------------------------------------

@@ -17,9 +17,8 @@ a judge (an image classifier that no other step uses) can say of each attribute 
 captions/**/NN.txt: the subject's name, then one prompt a line) has only these scores.
 
 Writes to --out: table.md, scatter.png, contact_sheet.png, scores.json, and in rows/NAME/ a PNG and
-a JSON file (scores and answers) for each picture. Started again, the same command makes only what
-is missing; --rows, --strengths and --references may change in between. miniature/ablations.py makes
-the long table, with tuned methods and ablations.
+a JSON file (scores and answers) for each picture. Started again, it makes only what is missing;
+--rows, --strengths and --references may change. miniature/ablations.py makes the long table.
 """
 
 import dsd
@@ -180,27 +179,24 @@ def load(row, args):
         row.train()
     if row.pipeline is None:
         return None
-    adapter, tokens = None, None
+    how = {"quantize": args.quantize, "offload": args.offload}
     if row.pipeline is FluxControlPipeline:
-        adapter, tokens = args.adapter, dsd.adapter_facts(args.adapter)["prompt_tokens"]
-    how = args.quantize, args.offload, adapter, tokens
-    return dsd.load_pipeline(row.pipeline, args.model, *how)
+        how["adapter"] = args.adapter
+        how["prompt_tokens"] = dsd.adapter_facts(args.adapter)["prompt_tokens"]
+    return dsd.load_pipeline(row.pipeline, args.model, **how)
 
 
 def run_row(row, cases, score, args):
-    """Draw and score what is missing of a row, and return its records, one for each case.
-
-    Several processes share the batches."""
+    """Draw and score what is missing of a row, and return its records, one for each case."""
     args = argparse.Namespace(**vars(args) | row.options)
     pictures = [args.out / "rows" / row.name / f"{k:04d}.png" for k in range(len(cases))]
     pipe = None
     for batch in dsd.batches(list(zip(cases, pictures)), args.batch_size, row.name):
-        members, files = [case for case, _ in batch], [file for _, file in batch]
+        members, files = zip(*batch)
         if all(file.with_suffix(".json").exists() for file in files):
             continue
         if not all(file.exists() for file in files):
-            if pipe is None:
-                pipe = load(row, args)
+            pipe = pipe or load(row, args)
             for image, file in zip(row.draw(pipe, members, args), files):
                 if not file.exists():  # with more --references a batch may begin with old pictures
                     dsd.save_image(image, file)
@@ -327,17 +323,17 @@ def draw_sheet(records, cases, args):
 def report(records, cases, args):
     """Write table.md, scores.json, scatter.png and contact_sheet.png of {row's name: records}."""
     keys = ("vlm_cp", "vlm_pf", "vlm_cp_pf") if args.folder else ("cp", "pf", "cp_pf")
-    ours, summaries, unscored = records.get("DSD", []), {}, {}
+    ours, summaries = records.get("DSD", []), {}
     for name, of_row in records.items():
         summaries[name] = summarise(of_row, ours, keys[2])
-        unscored[name] = sum(kind["unscored"] for kind in summaries[name].values())
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     parts = [f"Made by `{command}`. Means with 95 % bootstrap intervals over references."]
     parts.append(markdown(summaries, "subject"))
     if not args.folder:
         parts.append("Relighting (the same scene and pose in another light):")
         parts.append(markdown(summaries, "relight"))
-    if any(unscored.values()):
+    unscored = sum(kind["unscored"] for row in summaries.values() for kind in row.values())
+    if unscored:
         parts.append(f"Answers of the VLM without a score, which are left out: {unscored}")
     with dsd.writing(args.out / "table.md") as part:
         part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -353,21 +349,17 @@ def parse_args(parser, **defaults):
     add, count = parser.add_argument, dsd.at_least(1)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--adapter", type=Path, help="what DSD uses; if not given, the one shipped with the model")
-    about = "gives scores: an image-text-to-text folder or hub name"
-    add("--vlm", default=dsd.MINIATURE / "vlm", help=about)
-    about = "gives scores: the folder of an image classifier"
-    add("--judge", type=Path, default=dsd.MINIATURE / "judge", help=about)
+    add("--vlm", default=dsd.MINIATURE / "vlm", help="gives scores: folder or hub name of a VLM")
+    add("--judge", type=Path, default=dsd.MINIATURE / "judge", help="gives scores: a classifier")
     add("--witness", type=Path, help="a second judge, of another architecture")
     add("--rows", nargs="+", metavar="NAME", help="only these rows, and groups of rows")
     add("--folder", type=Path, help="DreamBench++'s layout, in place of the miniature's cases")
-    about = "how many; if not given, 16 or the whole folder"
-    add("--references", dest="count", type=count, help=about)
-    about = "how many for each reference, beside another light; if not given, 4 or all of a folder"
+    add("--references", dest="count", type=count, help="how many; if not given, 16 or all")
+    about = "how many for each reference, beside another light; of a folder all, if not given"
     contexts = None if parser.peek("folder") else 4
     add("--prompts", dest="contexts", type=count, default=contexts, help=about)
-    tenths = {"type": float, "choices": [k / 10 for k in range(1, 11)], "metavar": "S"}
-    about = "of SDEdit: 0.1, 0.2, ..., 1.0"
-    add("--strengths", nargs="+", default=[0.5], help=about, **tenths)
+    strength = dsd.at_least(0.01, float)
+    add("--strengths", nargs="+", type=strength, default=[0.5], help="of SDEdit, up to 1")
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
     sample.add_drawing_options(parser)
     model, adapter = parser.peek("model"), parser.peek("adapter")
@@ -420,9 +412,6 @@ def evaluate(rows, args, **more):
         "evaluate",
         changeable=["rows", "count", "strengths", "batch_size", "offload", "compile"],
         weights=weights_digest(args),
-        folder=args.folder and dsd.name_of(args.folder),
-        judge=dsd.name_of(args.judge),
-        witness=args.witness and dsd.name_of(args.witness),
         adapter_sha256=args.adapter and dsd.digest(dsd.adapter_file(args.adapter)),
         true_cfg_scale=prompt_guidance(args.model),
         prompt_tokens=[prompt_tokens(args.model, kind) for kind in ("panel", "sheet")],

@@ -88,14 +88,9 @@ LINE = "subject | setting | setting | setting | setting"  # of a file with promp
 def read_grammar(args):
     """The grammar of the model's folder, or the one above."""
     grammar = dsd.folder_settings(args.model, "generate_grids").get("grammar", GRAMMAR)
-    with dsd.explained(f"{args.model}/dsd.json: its grammar cannot be used"):
-        tried = [grammar_prompt(grammar, [family], 0) for family in ("subject", "relight")]
-        if len(grammar["panels"]) != 4:
-            raise ValueError("it must name four panels")
-    if args.negative and (args.true_cfg_scale == 1 or not all(grid["opposite"] for grid in tried)):
-        raise dsd.DsdError(
-            "--negative needs --true_cfg_scale above 1, and opposites in the grammar"
-        )
+    if args.negative and (args.true_cfg_scale == 1 or not grammar.get("opposites")):
+        needs = "--true_cfg_scale above 1, and opposites in the grammar"
+        raise dsd.DsdError(f"--negative needs {needs}")
     return grammar
 
 
@@ -173,32 +168,27 @@ def ask_llm(chat, seed):
 
 
 def parse_llm(answer):
-    """(subject, four settings) of an answer, or None if it is not usable.
-
-    What a model thinks before </think> is no answer. Of the rest, the first JSON object that fits
-    counts, whatever stands around it."""
+    """(subject, four settings) of the first JSON object in an answer, or None if it is not usable.
+    What a model thinks before </think> is no answer."""
     answer = answer.rpartition("</think>")[2]
-    for brace in re.finditer("{", answer):
-        try:
-            found, _ = json.JSONDecoder().raw_decode(answer, brace.start())
-            subject = found["subject"].strip()
-            settings = [setting.strip() for setting in found["settings"]]
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            continue
-        four = len(settings) == len({setting.lower() for setting in settings}) == 4
-        short = all(0 < len(setting.split()) <= 15 for setting in settings)
-        if four and short and 0 < len(subject.split()) <= 12:
-            return subject, settings
-    return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(answer, answer.index("{"))
+        subject = found["subject"].strip()
+        settings = [setting.strip() for setting in found["settings"]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    four = len(settings) == len({setting.lower() for setting in settings}) == 4
+    short = all(0 < len(setting.split()) <= 15 for setting in settings)
+    usable = four and short and 0 < len(subject.split()) <= 12
+    return (subject, settings) if usable else None
 
 
 def invent_subjects(name, count, out, seed=0, quantize="none"):
     """`count` different subjects with four settings each, a list of (subject, settings).
 
     Every request shows a few captions of real pictures: without them a chat model comes back to a
-    handful of favourites (section 3.1). The answers are kept in the folder `out`/subjects: a run
-    that was interrupted asks only what is missing. Several processes share the requests in rounds,
-    so that none waits long for another."""
+    handful of favourites (section 3.1). The answers are kept in the folder `out`/subjects. Several
+    processes share the requests in rounds, so that none waits long for another."""
     state, chat, found, asked = PartialState(), None, {}, 0
     while len(found) < count:
         if asked > 20 + 4 * len(found):
@@ -235,45 +225,12 @@ def plan(args, grammar, listed):
     return grids
 
 
-# ---- drawing -------------------------------------------------------------------------------------
-def draw_grids(pipe, grids, args):
-    """A batch of grids, a list of images: by the stock pipeline or, with --agreement, by our loop.
-    Each has its own generator, so that the batch size changes it by rounding only."""
-    generators = [torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids]
-    if args.agreement > 0:
-        return draw_agreeing_grids(pipe, grids, generators, args)
-    pixels = pipe(
-        [grid["prompt"] for grid in grids],
-        negative_prompt=negative_prompts(grids, args),
-        true_cfg_scale=args.true_cfg_scale,
-        guidance_scale=args.guidance_scale,
-        height=grids[0]["rows"] * args.height,
-        width=grids[0]["columns"] * args.width,
-        num_inference_steps=args.steps,
-        max_sequence_length=pipe.tokenizer_2.model_max_length,
-        generator=generators,
-        output_type="pt",
-    ).images
-    return dsd.to_images(pixels)
-
-
-def negative_prompts(grids, args):  # what text guidance pushes away from
-    return [grid["opposite"] if args.negative else "" for grid in grids]
-
-
 # ---- agreement guidance (our choice) -------------------------------------------------------------
-def cut_tokens(tokens, layout):
-    """Tokens (B, N, C) of grids -> tokens (B P, N / P, C) of their P panels, in reading order."""
+def panel_order(layout):
+    """Where the tokens of a grid are, panel after panel in reading order: indices (N,)."""
     rows, columns, h, w = layout
-    cells = tokens.unflatten(1, (rows, h // 2, columns, w // 2)).transpose(2, 3)
-    return cells.flatten(3, 4).flatten(0, 2)  # from (B, rows, columns, h / 2, w / 2, C)
-
-
-def join_tokens(tokens, layout):
-    """The inverse of `cut_tokens`."""
-    rows, columns, h, w = layout
-    cells = tokens.unflatten(1, (h // 2, w // 2)).unflatten(0, (-1, rows, columns))
-    return cells.transpose(2, 3).flatten(1, 4)  # from (B, rows, h / 2, columns, w / 2, C)
+    places = torch.arange(rows * h // 2 * columns * w // 2)
+    return places.view(rows, h // 2, columns, w // 2).transpose(1, 2).flatten()
 
 
 def agreement_velocity(model, x, text, null_text, panel_text, layout, a, b):
@@ -293,9 +250,16 @@ def agreement_velocity(model, x, text, null_text, panel_text, layout, a, b):
         v_null = model(x, null_text, rows * h, columns * w)
         v = v + a * (v_joint - v_null)
     if b > 0:
-        v_alone = join_tokens(model(cut_tokens(x, layout), panel_text, h, w), layout)
+        order = panel_order(layout).to(x.device)
+        panels = x[:, order].unflatten(1, (rows * columns, -1)).flatten(0, 1)  # (B P, N / P, 64)
+        v_alone = model(panels, panel_text, h, w).reshape(x.shape)[:, order.argsort()]
         v = v + b * (v_joint - v_alone)
     return v
+
+
+def negative_prompts(grids, args):
+    """What text guidance pushes away from."""
+    return [grid["opposite"] if args.negative else "" for grid in grids]
 
 
 @torch.no_grad()
@@ -303,9 +267,7 @@ def draw_agreeing_grids(pipe, grids, generators, args):
     """The stock pipeline's sampler with the velocity of agreement guidance: a list of images."""
     rows, columns, factor = grids[0]["rows"], grids[0]["columns"], pipe.vae_scale_factor
     layout = Layout(rows, columns, args.height // factor, args.width // factor)
-    panel_prompts = [prompt for grid in grids for prompt in grid["panel_prompts"] if prompt]
-    if rows * columns == 1 or len(panel_prompts) != rows * columns * len(grids):
-        raise dsd.DsdError("--agreement needs grids of two or more panels, each with a prompt")
+    panel_prompts = [prompt for grid in grids for prompt in grid["panel_prompts"]]
     text = dsd.encode_prompts(pipe, [grid["prompt"] for grid in grids])
     null_text = dsd.encode_prompts(pipe, negative_prompts(grids, args))
     panel_text = dsd.encode_prompts(pipe, panel_prompts, args.panel_tokens)
@@ -326,6 +288,28 @@ def draw_agreeing_grids(pipe, grids, generators, args):
     images = dsd.decode_images(pipe, x, rows * layout.h, columns * layout.w)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
     return images
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+def draw_grids(pipe, grids, args):
+    """A batch of grids, a list of images: by the stock pipeline or, with --agreement, by our loop.
+    Each has its own generator, so that the batch size changes it by rounding only."""
+    generators = [torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids]
+    if args.agreement > 0:
+        return draw_agreeing_grids(pipe, grids, generators, args)
+    pixels = pipe(
+        [grid["prompt"] for grid in grids],
+        negative_prompt=negative_prompts(grids, args),
+        true_cfg_scale=args.true_cfg_scale,
+        guidance_scale=args.guidance_scale,
+        height=grids[0]["rows"] * args.height,
+        width=grids[0]["columns"] * args.width,
+        num_inference_steps=args.steps,
+        max_sequence_length=pipe.tokenizer_2.model_max_length,
+        generator=generators,
+        output_type="pt",
+    ).images
+    return dsd.to_images(pixels)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -351,8 +335,7 @@ def parse_args():
     add("--agreement", type=real, default=0.0, help="see above; 1 is usual, 0 is off")
     add("--panel_tokens", type=whole, help="T5 tokens of a panel drawn alone, if not a grid's")
     add("--seed", type=at_least(0), default=0, help="random seed of prompts and noise")
-    text = "model: a part that is not at work waits in main memory"
-    add("--offload", choices=["none", "model"], default="none", help=text)
+    add("--offload", choices=["none", "model"], default="none", help="model: idle parts wait")
     lines = {"count": None} if parser.peek("prompts") else {}  # all lines of the file
     args = parser.parse("generate_grids", **lines)
     args.width, args.height = args.width or args.panel, args.height or args.panel

@@ -147,8 +147,7 @@ def add_drawing_options(parser):
     add("--guidance_scale", type=amount, default=3.5, help="distilled, for models that have it")
     add("--unguided_steps", type=dsd.at_least(0), default=2, help="first steps without s_i and s_t")
     add("--batch_size", type=positive, default=1, help="drawn together; affects speed and memory")
-    about = "model: a part that is not at work waits in main memory"
-    add("--offload", choices=["none", "model"], default="none", help=about)
+    add("--offload", choices=["none", "model"], default="none", help="model: idle parts wait")
 
 
 def parse_args():

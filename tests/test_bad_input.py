@@ -307,8 +307,6 @@ BROKEN = [
     ("generate_grids sample", "flux/vae/*.safetensors", NOT_FINITE, "not finite ... weights"),
     ("generate_grids", "flux/dsd.json", b"{", "flux/dsd.json: not a JSON file"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": "a"}}', "--panel ... a"),
-    ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"grammar": {}}}', "grammar cannot"),
-    ("generate_grids", "flux/dsd.json", grammar(panels=["{}"]), "grammar ... four panels"),
     ("generate_grids", "flux/dsd.json", grammar(opposites={}), "--negative needs ... opposites"),
     ("curate", "vlm/model.safetensors", None, "vlm as a vision-language model"),
     ("curate", "vlm/model.safetensors", BOMB, "vlm as a vision-language model"),

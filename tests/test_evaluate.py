@@ -286,7 +286,7 @@ def test_bad_folders_are_answered_in_one_line(benchmark, refused, file, contents
         (evaluate, "--witness nowhere", "no judge at nowhere"),
         (evaluate, "--adapter nowhere", "no adapter"),
         (evaluate, "--prompts 90", "reference 0 has"),
-        (evaluate, "--strengths 0", "invalid choice"),
+        (evaluate, "--strengths 0", "at least 0.01"),
         (evaluate, "--width 33", "multiples of"),
         (ablations, "--rows 'DSD, LoRA rank 4' --pairs nowhere", "no nowhere/metadata.jsonl"),
         (ablations, "--folder x", "for the miniature"),
