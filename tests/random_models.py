@@ -31,6 +31,7 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # The widths are multiples of 64, since weights of 4 bits come in blocks of 64.
 VAE = FLUX_1["vae"] | {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1}
 CLIP = {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 64, "num_attention_heads": 2}
+CLIP |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "num_hidden_layers": 1}
 T5 = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2}
 TRANSFORMER = {"num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (8, 12, 12)}
 TRANSFORMER |= {"attention_head_dim": 32, "num_attention_heads": 2}
@@ -61,21 +62,12 @@ def make_flux(folder, guidance_embeds=True):
     """A folder of FLUX.1-dev's classes, or, without guidance embedding, FLUX.1-schnell's."""
     torch.manual_seed(0)
     words = write_clip_tokenizer(folder / "tokenizer")
-    clip = CLIPTextConfig(
-        vocab_size=words,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-        num_hidden_layers=1,
-        **CLIP,
-    )
+    clip = CLIPTextConfig(vocab_size=words, **CLIP)
     words = write_t5_tokenizer(folder / "tokenizer_2")
     t5 = T5Config(vocab_size=words, feed_forward_proj="gated-gelu", **T5)
-    shift = 3.0 if guidance_embeds else 1.0
+    schedule = {"use_dynamic_shifting": guidance_embeds, "shift": 3.0 if guidance_embeds else 1.0}
     parts = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=guidance_embeds, shift=shift
-        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**schedule),
         "vae": AutoencoderKL(norm_num_groups=4, **VAE),
         "text_encoder": CLIPTextModel(clip),
         "text_encoder_2": T5EncoderModel(t5),
@@ -116,9 +108,8 @@ def make_qwen(folder):
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
     vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
     ids = {f"{name}_token_id": vocabulary[f"<|{name}_pad|>"] for name in ("image", "video")}
-    ids |= {
-        f"vision_{name}_token_id": vocabulary[f"<|vision_{name}|>"] for name in ("start", "end")
-    }
+    ids["vision_start_token_id"] = vocabulary["<|vision_start|>"]
+    ids["vision_end_token_id"] = vocabulary["<|vision_end|>"]
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)

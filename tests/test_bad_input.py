@@ -41,10 +41,7 @@ SCRIPTS = {
     "generate_grids": (generate_grids, "--model flux --count 1 --steps 1"),
     "curate": (curate, "--grids grids --vlm vlm"),
     "finetune": (finetune, "--model flux --pairs pairs --steps 1 --rank 2"),
-    "sample": (
-        sample,
-        "--model flux --image good.png --prompt critter --steps 1 --adapter adapter",
-    ),
+    "sample": (sample, "--model flux --image good.png --prompt a --steps 1 --adapter adapter"),
 }
 
 
@@ -73,9 +70,8 @@ def save_narrow_adapter(folder, rank=2):
 def given(tmp_path_factory, pairs):
     """A folder of things that can be used, and of a few that cannot, to which no test does harm."""
     folder = tmp_path_factory.mktemp("given")
-    (folder / "flux").symlink_to(dsd.MINIATURE / "flux")
-    (folder / "vlm").symlink_to(dsd.MINIATURE / "vlm")
-    (folder / "adapter").symlink_to(dsd.MINIATURE / "adapter")
+    for name in ("flux", "vlm", "adapter"):
+        (folder / name).symlink_to(dsd.MINIATURE / name)
     (folder / "pairs").symlink_to(pairs)
     critter(7, [1, 0, 0]).save(folder / "good.png")
     dsd.write_json(folder / "grids" / "grids.jsonl", [GRID])
@@ -84,13 +80,10 @@ def given(tmp_path_factory, pairs):
 
     (folder / "empty").mkdir()
     (folder / "text.png").write_bytes(b"no image")
-    (folder / "nothing.png").write_bytes(b"")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 400 million pixels in 50 kilobytes
-    line = "a fox | a | b | c | d\n"
     (folder / "short.txt").write_text("a fox | in the snow | at noon\n")
     (folder / "blank.txt").write_text("\n \n\n")
-    (folder / "utf-16.txt").write_text(line, encoding="utf-16")
-    (folder / "latin-1.txt").write_bytes(b"a f\xf6x | a | b | c | d\n")
+    (folder / "utf-16.txt").write_text("a fox | a | b | c | d\n", encoding="utf-16")
     save_narrow_adapter(folder / "narrow")
     make_chat_model(folder / "chat", "a red fox")
     shutil.copytree(pairs, folder / "odd")
@@ -143,7 +136,6 @@ def check(refused, given, tmp_path, monkeypatch):
 # ---- refused: commands ---------------------------------------------------------------------------
 COMMANDS = [  # scripts, what is changed in their usual command, words that the line must hold
     ("sample", "--image good.png text.png", "text.png: not an image that can be read"),
-    ("sample", "--image good.png nothing.png", "nothing.png: not an image that can be read"),
     ("sample", "--image bomb.png", "bomb.png: not an image that can be read"),
     ("sample", "--image none.png", "none.png: not an image that can be read"),
     ("sample", "--image empty", "no reference picture"),
@@ -152,14 +144,12 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("generate_grids", "--prompts short.txt", "short.txt, line 1 ... subject | setting"),
     ("generate_grids", "--prompts blank.txt", "blank.txt: there is no prompt"),
     ("generate_grids", "--prompts utf-16.txt", "utf-16.txt ... UTF-8"),
-    ("generate_grids", "--prompts latin-1.txt", "latin-1.txt ... UTF-8"),
     ("generate_grids", "--prompts good.png", "good.png ... UTF-8"),
     ("generate_grids", "--prompts none.txt", "none.txt: "),
     ("generate_grids", "--prompts empty", "empty: "),
     ("generate_grids", "--prompts short.txt --llm x", "not allowed with"),
     # models
     (MODELS, "--model nowhere", "no model folder nowhere"),
-    (MODELS, "--model empty/none", "no model folder empty/none"),
     (MODELS, "--model good.png", "no model folder good.png"),
     (MODELS, "--model chat", "chat: not a FLUX.1 text-to-image model"),
     (MODELS, "--model empty", "empty: not a FLUX.1 text-to-image model"),
@@ -167,15 +157,12 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("generate_grids", "--llm nowhere", "no model folder nowhere"),
     ("generate_grids", "--llm empty", "--llm empty ... not a chat model"),
     ("generate_grids", "--llm vlm", "--llm vlm ... not a chat model"),
-    ("generate_grids", "--llm flux", "--llm flux ... not a chat model"),
     ("curate", "--vlm nowhere", "no model folder nowhere"),
     ("curate", "--vlm empty", "cannot load empty as a vision-language model"),
-    ("curate", "--vlm flux", "cannot load flux as a vision-language model"),
     ("curate", "--vlm chat", "cannot load chat as a vision-language model"),
     ("sample", "--enhance nowhere", "no model folder nowhere"),
     ("sample", "--enhance chat", "cannot load chat as a vision-language model"),
     ("sample", "--adapter narrow", f"narrow/{ADAPTER} ... does not fit this model"),
-    ("sample", "--adapter empty", "no adapter"),
     ("sample", "--adapter nowhere", "no adapter"),
     ("sample", "--adapter 'pickled adapter'", "no adapter"),
     # records, sizes
@@ -185,7 +172,6 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("generate_grids", "--negative --true_cfg_scale 1", "--negative needs --true_cfg_scale"),
     ("generate_grids", "--panel 33", "33 x 33 pixels ... multiples of 8"),
     ("sample", "--width 35", "35 ... multiples of 8"),
-    ("sample", "--height 35", "35 ... multiples of 8"),
     ("finetune", "--frame_weights 0 0", "--frame_weights"),
     ("finetune", "--clean_reference --frames 1", "--clean_reference needs two frames"),
     # output folders
@@ -193,8 +179,6 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("generate_grids", "--out holiday", "holiday holds another run or other files"),
     ("generate_grids", "--out 'unreadable run'", "unreadable run/settings.json"),
     ("generate_grids", "--out good.png", "good.png: "),
-    ("generate_grids", "--out good.png/grids", "good.png/grids: "),
-    ("generate_grids", "--out /proc/grids", "/proc/grids: "),
 ]
 VALUES = {  # script -> options with values that are each refused, in a line that names the option
     "generate_grids": "--steps=0 --steps=-3 --steps=1.5 --steps=many --count=0 --seed=-1 --step=3 "
@@ -214,11 +198,10 @@ def test_a_wrong_command(script, options, words, check):
     check(script, words, options)
 
 
-@pytest.mark.parametrize(
-    "script, option", [(script, option) for script in VALUES for option in VALUES[script].split()]
-)
-def test_a_wrong_value(script, option, check):
-    check(script, option.split("=")[0], option)
+@pytest.mark.parametrize("script", VALUES)
+def test_a_wrong_value(script, check):
+    for option in VALUES[script].split():
+        check(script, option.split("=")[0], option)
 
 
 def test_a_wrong_command_in_a_process_of_its_own(tmp_path):
@@ -266,22 +249,10 @@ def facts(value):
 NOT_FINITE = tensors(lambda old: {name: tensor * torch.nan for name, tensor in old.items()})
 WIDER_LAYER = tensors(lambda old: old | {LAYER: old[LAYER].repeat(2, 1)})
 ONLY_LORA = tensors(lambda old: {name: old[name] for name in old if "embed" not in name})
-PAIR = {
-    "reference_file_name": "images/000000_0.png",
-    "target_file_name": "images/000000_1.png",
-    "prompt": "a critter",
-}
-OTHER_PIPELINE = b'{"_class_name": "StableDiffusionPipeline"}'
-KONTEXT = b'{"_class_name": "FluxKontextPipeline"}'
+PAIR = {"reference_file_name": "images/000000_0.png", "target_file_name": "images/000000_1.png"}
+PAIR["prompt"] = "a critter"
 FLUX_2 = b'{"_class_name": "Flux2Pipeline"}'
-OPTIONS = {  # of the things that are broken
-    "flux": "--model",
-    "vlm": "--vlm",
-    "adapter": "--adapter",
-    "grids": "--grids",
-    "pairs": "--pairs",
-    "good.png": "--image",
-}
+OPTIONS = {"flux": "--model", "good.png": "--image"}  # else a thing's name is its option
 
 
 def grammar(**changes):
@@ -295,15 +266,11 @@ BROKEN = [
     # the old ones, or None: it is missing), words that the line must hold.
     ("sample", "good.png", cut, "good.png: not an image that can be read"),
     # models
-    (MODELS, "flux/model_index.json", KONTEXT, "flux: not a FLUX.1 text-to-image model"),
     (MODELS, "flux/model_index.json", FLUX_2, "flux: not a FLUX.1 text-to-image model"),
-    (MODELS, "flux/model_index.json", OTHER_PIPELINE, "flux: not a FLUX.1 text-to-image model"),
     ("generate_grids", "flux/tokenizer_2", None, "cannot load ... flux"),
     ("generate_grids", "flux/transformer/*.safetensors", cut, "cannot load ... flux"),
     ("generate_grids", "flux/transformer/*.safetensors", BOMB, "cannot load ... flux"),
-    ("finetune", "flux/transformer", None, "flux"),
-    ("finetune", "flux/transformer/*.safetensors", cut, "flux"),
-    ("finetune", "flux/transformer/*.safetensors", BOMB, "flux"),
+    ("finetune", "flux/transformer/*.safetensors", cut, "cannot load ... flux"),
     ("generate_grids sample", "flux/vae/*.safetensors", NOT_FINITE, "not finite ... weights"),
     ("generate_grids", "flux/dsd.json", b"{", "flux/dsd.json: not a JSON file"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": "a"}}', "--panel ... a"),
@@ -322,13 +289,9 @@ BROKEN = [
     ("curate", "grids/grids.jsonl", b"", "grids/grids.jsonl: 0 of 0 grids"),
     ("curate", "grids/grids.jsonl", b"no JSON\n", "grids/grids.jsonl, line 1"),
     ("curate", "grids/grids.jsonl", b"[" * 100_000, "grids/grids.jsonl, line 1"),
-    ("curate", "grids/grids.jsonl", b"\0\1\n", "grids/grids.jsonl, line 1"),
     ("curate", "grids/grids.jsonl", records({"file": "a.png"}), "grids/grids.jsonl, line 1"),
     ("curate", "grids/000000.png", None, "1 of 1 grids are missing ... 000000.png"),
     ("finetune", "pairs/metadata.jsonl", b"", "no pairs"),
-    ("finetune", "pairs/metadata.jsonl", b"no JSON\n", "pairs/metadata.jsonl, line 1"),
-    ("finetune", "pairs/metadata.jsonl", b"[" * 100_000, "pairs/metadata.jsonl, line 1"),
-    ("finetune", "pairs/metadata.jsonl", b"\0\1\n", "pairs/metadata.jsonl, line 1"),
     ("finetune", "pairs/metadata.jsonl", records({"file": "a.png"}), "metadata.jsonl, line 1"),
     ("finetune", "pairs/metadata.jsonl", records(PAIR | {"prompt": 7}), "metadata.jsonl, line 1"),
     ("finetune", "pairs/metadata.jsonl", records([1, 2]), "pairs/metadata.jsonl, line 1"),
@@ -349,11 +312,7 @@ def replace(file, new):
         file.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "script, file, new, words",
-    rows(BROKEN),
-    ids=[f"{script} {file}" for script, file, _, _ in rows(BROKEN)],
-)
+@pytest.mark.parametrize("script, file, new, words", rows(BROKEN))
 def test_a_broken_file(script, file, new, words, check, given, tmp_path):
     whole, _, inside = file.partition("/")
     copy = tmp_path / whole
@@ -363,7 +322,7 @@ def test_a_broken_file(script, file, new, words, check, given, tmp_path):
         shutil.copy(given / whole, copy)
     for broken in copy.glob(inside) if inside else [copy]:
         replace(broken, new)
-    check(script, words, OPTIONS[whole], copy)
+    check(script, words, OPTIONS.get(whole, f"--{whole}"), copy)
 
 
 # ---- permission, a full disk ---------------------------------------------------------------------
@@ -462,8 +421,7 @@ def test_no_accepted_pair_says_so_and_keeps_the_answers(given, useless_vlm, tmp_
     told = dsd.read_json(tmp_path / "transcripts/000000.json")["pairs"]
     assert {record["answer"] for record in told} == {"I cannot tell."}
     assert dsd.read_json(tmp_path / "summary.json")["unparsable"] == 6
-    line = refused(finetune, "--pairs", tmp_path, "--out", tmp_path / "adapter")
-    assert "no pairs" in line
+    assert "no pairs" in refused(finetune, "--pairs", tmp_path, "--out", tmp_path / "adapter")
 
 
 def transcript(*pairs):
@@ -479,8 +437,6 @@ DAMAGE = [  # script, a file that it has written, what it is replaced by, words
     ("finetune", "cache/*", cut, "cache ... delete"),
     ("finetune", "cache/*", NOT_FINITE, "not finite at step 2 ... kept ... --learning_rate"),
     ("curate", TRANSCRIPT, b"nonsense", "000000.json ... restore or delete it"),
-    ("curate", TRANSCRIPT, b"[1]", "000000.json ... restore or delete it"),
-    ("curate", TRANSCRIPT, b'{"picture": ', "000000.json ... restore or delete it"),
     ("curate", TRANSCRIPT, transcript({"verdict": "Ja"}), "000000.json ... correct it"),
 ]
 
@@ -503,16 +459,13 @@ def test_a_run_whose_own_files_are_damaged_stops_and_changes_nothing(
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
-def profile(primaries=(), gamma=None):
-    """sRGB's colour profile with other primaries (red, green, blue in XYZ), or another gamma."""
+def profile(primaries=()):
+    """sRGB's colour profile with other primaries (red, green, blue in XYZ)."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries):
         entry = data.index(tag) + 4  # in the table of tags: where the tag's data begin
         place = int.from_bytes(data[entry : entry + 4]) + 8
         data[place : place + 12] = struct.pack(">3i", *[round(2**16 * value) for value in xyz])
-    if gamma:
-        curve = data.index(b"para") + 8
-        data[curve : curve + 8] = struct.pack(">HHi", 0, 0, round(2**16 * gamma))
     return bytes(data)
 
 
@@ -529,10 +482,7 @@ ANIMATED = {"save_all": True, "append_images": [Image.new("P", (64, 32))]}
 DISPLAY_P3 = profile(
     [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)]
 )
-ADOBE_RGB = profile(
-    [(0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)], gamma=2.199
-)
-LINEAR_GREY = profile(gamma=1).replace(b"RGB XYZ ", b"GRAYXYZ ").replace(b"rTRC", b"kTRC")
+GREYS = profile().replace(b"RGB XYZ ", b"GRAYXYZ ").replace(b"rTRC", b"kTRC")
 ON_ITS_SIDE = two_colours().rotate(90, expand=True)
 UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at the right
     ("grey.png", two_colours(mode="L"), {}, (76, 76, 76), (29, 29, 29)),
@@ -545,8 +495,7 @@ UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at th
     ("1x10000.png", Image.new("RGB", (1, 10_000), BLUE), {}, BLUE, BLUE),
     ("misnamed.bmp", two_colours(), {"format": "PNG"}, RED, BLUE),
     ("P3.png", two_colours((234, 51, 35), (0, 0, 245)), {"icc_profile": DISPLAY_P3}, RED, BLUE),
-    ("Adobe.png", two_colours((219, 0, 0), (0, 0, 250)), {"icc_profile": ADOBE_RGB}, RED, BLUE),
-    ("profile of greys.png", two_colours(), {"icc_profile": LINEAR_GREY}, RED, BLUE),
+    ("profile of greys.png", two_colours(), {"icc_profile": GREYS}, RED, BLUE),
     ("damaged profile.png", two_colours(), {"icc_profile": DISPLAY_P3[:200]}, RED, BLUE),
     ("a camera's.jfif", two_colours(), {"format": "JPEG", "quality": 100}, RED, BLUE),
 ]

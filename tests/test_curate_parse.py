@@ -73,43 +73,33 @@ NO = {
 COMPLETE = [("yes", answer) for answer in YES.values()] + [("no", answer) for answer in NO.values()]
 INCOMPLETE = {
     "nothing": "",
-    "babble": "They look alike to me.",
     "only the verdict": "yes",
     "a refusal": "I'm sorry, I can't compare animals.",
     "JSON": '{"subject": "fox", "verdict": "yes"}',
     "no subject": fox(1, 2, 3, 4),
-    "no image 1": fox(0, 2, 3, 4),
     "no image 2": fox(0, 1, 3, 4),
     "no comparison": fox(0, 1, 2, 4),
     "no verdict": fox(0, 1, 2, 3),
     "empty subject": WHOLE.replace("fox", ""),
-    "empty image 1": WHOLE.replace("red", "", 1),
     "empty image 2": WHOLE.replace("2: red", "2:"),
     "empty comparison": WHOLE.replace("same", ""),
     "empty verdict": WHOLE.replace("yes", ""),
     "other names": WHOLE.replace("image 1", "first image"),
     "images exchanged": fox(0, 2, 1, 3, 4),
     "the verdict first": fox(4, 0, 1, 2, 3),
-    "the verdict before the comparison": fox(0, 1, 2, 4, 3),
     "a verdict before and after": fox(4, 0, 1, 2, 3, 4),
     "the chain twice": fox(0, 1, 2, 3, 4, 0, 1, 2, 3, 4),
     "two verdicts": WHOLE + "\nverdict: no",
     "yes and no": WHOLE.replace("yes", "yes and no"),
-    "yes or no": WHOLE.replace("yes", "yes or no"),
     "yes/no": WHOLE.replace("yes", "yes/no"),
-    "Yes, no.": WHOLE.replace("yes", "Yes, no."),
-    "no yes": WHOLE.replace("yes", "no yes"),
     "maybe": WHOLE.replace("yes", "maybe"),
     "not the same": WHOLE.replace("yes", "not the same"),
-    "same": WHOLE.replace("yes", "same"),
     "probably yes": WHOLE.replace("yes", "probably yes"),
 }
 
 
 @pytest.mark.parametrize("verdict, answer", COMPLETE, ids=[*YES, *NO])
-def test_complete_answers_are_understood_in_any_style_and_cut_ones_count_as_truncated(
-    verdict, answer
-):
+def test_complete_answers_are_understood_and_cut_ones_count_as_truncated(verdict, answer):
     """The generation marks a cut answer; without that mark it is unparsable without a verdict."""
     found, reason = curate.parse(answer)
     assert found == verdict and reason.startswith(f"{verdict}: ") and "unparsable" not in reason
@@ -123,17 +113,17 @@ def test_incomplete_answers_are_unparsable(answer):
     assert curate.parse(answer)[0] == curate.parse(answer, 9)[0] == "unparsable"
 
 
-@pytest.mark.parametrize(
-    "comparison, differing",
-    [
-        ("fur same, eyes differ", 1),
-        ("- Fur: Different\n- Eyes: Same\n- Tail: differs", 2),
-        ("fur does not differ, eyes differ", 1),
-        ("Nothing differs; the fur doesn't differ", 0),
-        ("red in one and blue in the other", 1),
-        ("no difference. Ears: different", 1),
-    ],
-)
+COMPARISONS = [  # and how many parts they say differ
+    ("fur same, eyes differ", 1),
+    ("- Fur: Different\n- Eyes: Same\n- Tail: differs", 2),
+    ("fur does not differ, eyes differ", 1),
+    ("Nothing differs; the fur doesn't differ", 0),
+    ("red in one and blue in the other", 1),
+    ("no difference. Ears: different", 1),
+]
+
+
+@pytest.mark.parametrize("comparison, differing", COMPARISONS)
 def test_tolerance_counts_the_parts_that_differ(comparison, differing):
     answer = "\n".join([*FOX[:3], f"compare: {comparison}", "verdict: no"])
     verdicts = [curate.parse(answer, tolerance)[0] for tolerance in range(4)]
@@ -183,7 +173,6 @@ def test_panels_are_cut_from_a_grid_and_trimmed_in_their_size(tmp_path):
     for trim in (0, 3):
         args = argparse.Namespace(grids=tmp_path, out=tmp_path, trim=trim)
         saved = curate.save_panels(0, grid, args)
-        wanted = [
-            panel.resize((32, 32), box=(trim, trim, 32 - trim, 32 - trim)) for panel in panels
-        ]
+        box = trim, trim, 32 - trim, 32 - trim
+        wanted = [panel.resize((32, 32), box=box) for panel in panels]
         assert difference(saved, wanted) == 0

@@ -104,19 +104,11 @@ def test_the_opposite_is_what_the_stock_pipeline_guides_against(run, tmp_path):
         run(generate_grids, *draw, tmp_path / name, options)
     (grid,) = dsd.read_records(tmp_path / "against" / "grids.jsonl")
     pipe = FluxPipeline.from_pretrained(dsd.MINIATURE / "flux", dtype=torch.float32)
-    image = pipe(
-        grid["prompt"],
-        negative_prompt=grid["opposite"],
-        true_cfg_scale=3.0,
-        width=64,
-        height=64,
-        num_inference_steps=2,
-        max_sequence_length=65,
-        generator=torch.Generator().manual_seed(grid["seed"]),
-    ).images[0]
-    against, plain = (
-        dsd.open_image(tmp_path / name / "000000.png") for name in ("against", "plain")
-    )
+    how = {"width": 64, "height": 64, "num_inference_steps": 2, "max_sequence_length": 65}
+    how |= {"negative_prompt": grid["opposite"], "true_cfg_scale": 3.0}
+    image = pipe(grid["prompt"], generator=torch.manual_seed(grid["seed"]), **how).images[0]
+    against = dsd.open_image(tmp_path / "against" / "000000.png")
+    plain = dsd.open_image(tmp_path / "plain" / "000000.png")
     assert "other tall critter: first at noon" in grid["opposite"]
     assert against == image and difference(against, plain) > 1
 
@@ -140,7 +132,6 @@ def test_captions_of_contact_sheets_may_be_cyrillic(tmp_path):
 
 
 def test_the_form_that_a_chat_model_is_shown_is_the_form_that_is_read():
-    subject, settings = generate_grids.parse_llm(
-        generate_grids.LLM_REQUEST.format(captions="a cat")
-    )
+    request = generate_grids.LLM_REQUEST.format(captions="a cat")
+    subject, settings = generate_grids.parse_llm(request)
     assert subject == "a clockwork owl with copper wings" and len(settings) == 4

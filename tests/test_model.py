@@ -83,13 +83,10 @@ def test_a_rival_is_at_first_the_teacher_then_learns_and_draws_what_is_evaluated
     run_script("miniature.ablations", *options, cwd=tmp_path)
     assert len(dsd.read_records(out / "log.jsonl")) == 3
     guidance = {"image_guidance": 2.0, "text_guidance": 2.0, "guidance_scale": 1.0}
-    size, flux = (
-        {"width": 32, "height": 32, "steps": 2, "unguided_steps": 1},
-        dsd.MINIATURE / "flux",
-    )
-    args = argparse.Namespace(seed=0, model=flux, **guidance, **size)
+    size = {"width": 32, "height": 32, "steps": 2, "unguided_steps": 1}
+    args = argparse.Namespace(seed=0, model=dsd.MINIATURE / "flux", **guidance, **size)
 
-    pipe = dsd.load_pipeline(FluxPipeline, flux, dtype=torch.float32)
+    pipe = dsd.load_pipeline(FluxPipeline, args.model, dtype=torch.float32)
     x, reference, *rest = random_inputs(h=8, w=8)
     teacher = predict(pipe.transformer, x, *rest)
     new = ablations.load_rival(kind, pipe.transformer, args)
@@ -149,7 +146,6 @@ def test_the_file_holds_the_condition_columns_exactly_and_the_facts(tmp_path):
 
 def released(folder, heads=2):
     """A folder in the authors' layout, in which the LoRA's entries stand in transformer/ as well.
-
     Returns its model, put together by hand: velocity(x, condition, ...)."""
     model, embedder = random_transformer(seed=11, heads=heads), torch.nn.Linear(64, heads * 32)
     state = model.state_dict()
@@ -189,18 +185,9 @@ def test_the_released_layout_gives_the_velocity_of_its_two_embedders_summed(tmp_
     assert (v - velocity(x, 0 * condition, *rest)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "missing, heads",
-    [
-        ("c_embedder.weight", 2),
-        ("c_embedder.bias", 2),
-        ("proj_out.weight", 2),
-        ("nothing, but it is of another width", 3),
-        ("everything", 2),
-    ],
-)
-def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(missing, heads, tmp_path):
-    released(tmp_path, heads)
+@pytest.mark.parametrize("missing", ["c_embedder", "proj_out.weight", "heads", "everything"])
+def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(missing, tmp_path):
+    released(tmp_path, heads=3 if missing == "heads" else 2)
     for file in tmp_path.glob("transformer/*"):
         if missing == "everything":
             file.write_bytes(b"?")
@@ -211,10 +198,7 @@ def test_a_released_layout_that_cannot_be_used_is_an_error_of_one_line(missing, 
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-PROMPTS = [
-    "a round horned critter in space at noon",
-    "a tall earless critter in a cave under neon with a hat",
-]
+PROMPTS = ["a round horned critter in space at noon", "a tall earless critter under neon"]
 REFERENCES = [noise_image(32, 32, seed) for seed in (0, 1)]
 
 
@@ -240,15 +224,10 @@ def test_a_picture_follows_reference_prompt_and_seed_and_not_its_batch(condition
         assert difference(image, draw(conditioned, text_guidance=2.0, **changed)[0]) > 5
 
 
-@pytest.mark.parametrize(
-    "scales, passes",
-    [
-        ({}, 1),
-        ({"text_guidance": 3.0}, 2),
-        ({"image_guidance": 1.5}, 3),
-        ({"image_guidance": 1.5, "text_guidance": 3.0}, 3),
-    ],
-)
+SCALES = [({}, 1), ({"text_guidance": 3.0}, 2), ({"image_guidance": 1.5}, 3)]
+
+
+@pytest.mark.parametrize("scales, passes", SCALES)
 def test_each_guidance_scale_changes_the_picture_after_the_unguided_steps(
     conditioned, scales, passes
 ):

@@ -90,19 +90,12 @@ def test_a_finished_training_is_lengthened_and_options_of_speed_may_change(
     assert (adapter / dsd.ADAPTER_FILE).read_bytes() != weights
 
 
-@pytest.mark.parametrize(
-    "script, change",
-    [
-        (finetune, "--rank 8"),
-        (finetune, "--seed 1"),
-        (generate_grids, "--steps 5"),
-        (curate, "--tolerance 1"),
-        (sample, "--seed 3"),
-    ],
-)
-def test_what_decides_the_result_makes_another_run_which_is_refused(copied, step, script, change):
+def test_what_decides_the_result_makes_another_run_which_is_refused(copied, step):
     before = written(copied)
-    assert "holds another run" in step(script, change, code=2).err
+    changes = {finetune: "--rank 8", generate_grids: "--steps 5"}
+    changes |= {curate: "--tolerance 1", sample: "--seed 3"}
+    for script, change in changes.items():
+        assert "holds another run" in step(script, change, code=2).err
     assert written(copied) == before
 
 
@@ -257,11 +250,8 @@ def test_no_two_micro_batches_are_alike(tmp_path, step, monkeypatch):
 
 def test_gradient_checkpointing_leaves_the_losses_alone(chain, step, tmp_path):
     step(finetune, "--gradient_checkpointing", "--out", tmp_path)
-    before, after = (
-        dsd.read_records(folder / "log.jsonl")
-        for folder in (chain[0] / "runs" / "adapter", tmp_path)
-    )
-    for a, b in zip(before, after, strict=True):
+    logs = [chain[0] / "runs" / "adapter" / "log.jsonl", tmp_path / "log.jsonl"]
+    for a, b in zip(*map(dsd.read_records, logs), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
@@ -280,12 +270,9 @@ def test_a_stopped_run_can_be_sampled(step, draw, tmp_path, monkeypatch):
 
 # ---- grids ---------------------------------------------------------------------------------------
 def test_batch_size_does_not_change_the_grids_but_seed_and_family_do(chain, step, tmp_path):
-    for name, options in (
-        ("a", "--batch_size 4"),
-        ("b", "--count 2 --steps 1 --seed 1"),
-        ("c", "--count 2 --steps 1 --family relight"),
-    ):
-        step(generate_grids, options, "--out", tmp_path / name)
+    step(generate_grids, "--batch_size 4 --out", tmp_path / "a")
+    step(generate_grids, "--count 2 --steps 1 --seed 1 --out", tmp_path / "b")
+    step(generate_grids, "--count 2 --steps 1 --family relight --out", tmp_path / "c")
     for i in range(6):
         ours = dsd.open_image(tmp_path / "a" / f"{i:06d}.png")
         theirs = dsd.open_image(chain[0] / "runs" / "grids" / f"{i:06d}.png")
@@ -336,29 +323,31 @@ def test_a_chat_model_invents_subjects_and_its_answers_are_kept(tmp_path, step, 
     assert [r["subject"] for r in dsd.read_records(out / "grids.jsonl")] == ["red robot", "red fox"]
 
 
-@pytest.mark.parametrize(
-    "answer, usable",
-    [
-        (ANSWER, True),
-        (f"Sure!\n```json\n{ANSWER}\n```", True),
-        (f"{ANSWER}\nHope {{this}} helps }}", True),
-        (f'<think>{{"subject": "a cat"}}? {ANSWER[:-2]}</think>{ANSWER}', True),
-        (f"<think>{ANSWER}</think> I cannot", False),
-        ("", False),
-        ("a red robot", False),
-        ("{}", False),
-        (ANSWER[:-1], False),
-        (ANSWER.replace("aboard boats", "On Sand"), False),
-        (ANSWER.replace(', "aboard boats"', ""), False),
-        (ANSWER.replace("aboard boats", "very " * 16), False),
-        (ANSWER.replace("a red robot", ""), False),
-        (ANSWER.replace("a red robot", "very " * 13), False),
-        (ANSWER.replace('"aboard boats"', "7"), False),
-        ('["subject", "settings"]', False),
-    ],
-)
-def test_an_answer_counts_only_with_a_subject_and_four_different_settings(answer, usable):
-    assert generate_grids.parse_llm(answer) == (("a red robot", SETTINGS) if usable else None)
+USABLE = [
+    ANSWER,
+    f"Sure!\n```json\n{ANSWER}\n```",
+    f"{ANSWER}\nHope {{this}} helps }}",
+    f'<think>{{"subject": "a cat"}}? {ANSWER[:-2]}</think>{ANSWER}',
+]
+USELESS = [
+    "",
+    "a red robot",
+    '["subject", "settings"]',
+    f"<think>{ANSWER}</think> I cannot",
+    ANSWER[:-1],
+    ANSWER.replace("aboard boats", "On Sand"),
+    ANSWER.replace(', "aboard boats"', ""),
+    ANSWER.replace("aboard boats", "very " * 16),
+    ANSWER.replace("a red robot", ""),
+    ANSWER.replace("a red robot", "very " * 13),
+    ANSWER.replace('"aboard boats"', "7"),
+]
+
+
+@pytest.mark.parametrize("answer", [*USABLE, *USELESS])
+def test_an_answer_counts_only_with_a_subject_and_four_different_settings(answer):
+    wanted = ("a red robot", SETTINGS) if answer in USABLE else None
+    assert generate_grids.parse_llm(answer) == wanted
 
 
 # ---- curation with known answers -----------------------------------------------------------------

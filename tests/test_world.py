@@ -87,21 +87,13 @@ def drawn(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "layout, held_out, unrelated, slips",
-    [
-        ((2, 2), False, 1 / 3, 0.1),
-        ((1, 2), False, 1 / 3, 0.1),
-        ((1, 1), False, 0, 0),
-        ((2, 2), True, 1 / 3, 0.01),
-        ((1, 2), True, 1 / 3, 0.01),
-        ((1, 1), True, 0, 0),
-    ],
-)
+@pytest.mark.parametrize("layout", [(2, 2), (1, 2), (1, 1)])
+@pytest.mark.parametrize("held_out, slips", [(False, 0.1), (True, 0.01)])
 def test_sheets_show_one_side_slip_in_both_ways_and_never_name_details(
-    drawn, layout, held_out, unrelated, slips, g
+    drawn, layout, held_out, slips, g
 ):
-    _, captions = world.sheets(4000, g, layout, held_out=held_out)
+    unrelated, slips = (0, 0) if layout == (1, 1) else (1 / 3, slips)
+    _, captions = world.sheets(4000, g, layout, 8, held_out=held_out)
     assert (world.is_held_out(numbers(drawn[0][0])) == held_out).all()
     identity = drawn[0][0].view(4000, -1, N)
     assert all(world.noun(row[0]) in caption for row, caption in zip(identity, captions))
@@ -166,18 +158,18 @@ def test_every_value_of_an_attribute_looks_different(name):
         assert (images[a] - images[b]).abs().amax(0).gt(difference).sum() >= pixels, (a, b)
 
 
-@pytest.mark.parametrize(
-    "pose, place, wide, turned",
-    [
-        ("", [0, 0], False, False),
-        ("on the left", [0, -5], False, False),
-        ("on the right", [0, 5], False, False),
-        ("jumping", [-5, 0], False, False),
-        ("lying down", None, True, False),
-        ("upside down", None, False, True),
-    ],
-)
-def test_a_critter_is_where_its_pose_says(pose, place, wide, turned):
+LOOKS = {  # pose: how far from standing (rows, columns), whether it is wide, and turned
+    "": ([0, 0], False, False),
+    "on the left": ([0, -5], False, False),
+    "on the right": ([0, 5], False, False),
+    "jumping": ([-5, 0], False, False),
+    "lying down": (None, True, False),
+    "upside down": (None, False, True),
+}
+
+
+@pytest.mark.parametrize("pose", LOOKS)
+def test_a_critter_is_where_its_pose_says(pose):
     def body_and_eyes(pose):
         """The places of pixels that depend on a tall critter's colour, and on its eyes' number."""
         stand = world.in_pose(POSE, torch.tensor([list(world.POSES).index(pose)])).repeat(3, 1)
@@ -186,7 +178,7 @@ def test_a_critter_is_where_its_pose_says(pose, place, wide, turned):
         plain, blue, three = world.render(rows[:, :N], rows[:, N:-1], stand, 32)
         return [(image - plain).abs().amax(0).gt(0.1).nonzero().float() for image in (blue, three)]
 
-    body, eyes = body_and_eyes(pose)
+    (place, wide, turned), (body, eyes) = LOOKS[pose], body_and_eyes(pose)
     if place:
         standing, _ = body_and_eyes("")
         assert abs(body.mean(0) - standing.mean(0) - torch.tensor(place)).amax() < 1
@@ -233,10 +225,9 @@ def test_captions_and_sample_prompts_are_read_whole_and_no_word_but_zebra_is_unk
     aside = [list(world.POSES).index("on the right")] * 4
     texts = []
     for relight, wording in itertools.product((False, True), (0, 1)):
-        contexts = [longest] * 4
-        texts.append(world.sheet_caption(critter, contexts, (2, 2), relight, wording, aside))
+        texts.append(world.sheet_caption(critter, [longest] * 4, (2, 2), relight, wording, aside))
     for layout, length in models.TOKENS.items():
-        captions = world.sheets(3000, g, layout, 4)[1]
+        captions = world.sheets(1000, g, layout, 4)[1]
         assert max(map(len, tokenizers[0](captions).input_ids)) <= length
         texts += captions
     for identity, context in zip(world.identity_of(ALL[::400]), CONTEXTS):
@@ -329,22 +320,17 @@ def test_panels_for_pairs_stand_in_all_poses_and_the_relit_one_as_its_partner(dr
 
 
 MOON = {"light": "by moonlight"}
+TURNED = {"pose": "upside down"}
 PLAIN = {"scene": "in the snow", "accessory": "", "light": "at noon", "pose": ""}
+ORDERS = [  # what changes, the order to change it, the score of a picture that changed so unasked
+    (MOON, "keep the scene but show it by moonlight", 3),
+    ({"pose": ""}, "show this critter on the beach at sunset with a hat", 3),
+    (MOON | TURNED, "show this critter upside down on the beach by moonlight with a hat", 2),
+    (PLAIN | {"shape": "square"}, "show this critter in the snow at noon", 0),
+]
 
 
-@pytest.mark.parametrize(
-    "changes, order, score",
-    [
-        (MOON, "keep the scene but show it by moonlight", 3),
-        ({"pose": ""}, "show this critter on the beach at sunset with a hat", 3),
-        (
-            MOON | {"pose": "upside down"},
-            "show this critter upside down on the beach by moonlight with a hat",
-            2,
-        ),
-        (PLAIN | {"shape": "square"}, "show this critter in the snow at noon", 0),
-    ],
-)
+@pytest.mark.parametrize("changes, order, score", ORDERS)
 def test_the_vlm_s_lessons_know_poses(changes, order, score):
     words = {"ears": "horned", "scene": "on the beach", "accessory": "with a hat"}
     words |= {"second": "orange", "light": "at sunset", "pose": "jumping"}
