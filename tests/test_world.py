@@ -92,8 +92,8 @@ def drawn(monkeypatch):
 def test_sheets_show_one_side_slip_in_both_ways_and_never_name_details(
     drawn, layout, held_out, slips, g
 ):
-    unrelated, slips = (0, 0) if layout == (1, 1) else (1 / 3, slips)
-    _, captions = world.sheets(4000, g, layout, 8, held_out=held_out)
+    unrelated, slips = (0, 0) if layout == (1, 1) else (world.UNRELATED, slips)
+    _, captions = world.sheets(4000, g, layout, held_out=held_out)
     assert (world.is_held_out(numbers(drawn[0][0])) == held_out).all()
     identity = drawn[0][0].view(4000, -1, N)
     assert all(world.noun(row[0]) in caption for row, caption in zip(identity, captions))
