@@ -49,7 +49,9 @@ def test_the_velocity_is_the_formula_and_needs_no_more_passes(a, b, passes):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_without_agreement_the_loop_draws_the_stock_pipelines_grids(teacher, scale, monkeypatch):
-    options = f"--model {teacher} {TINY} --height 32 --width 48 --true_cfg_scale {scale}"
+    options = (
+        f"--model {teacher} {TINY} --height 32 --width 48 --true_cfg_scale {scale} --agreement 0"
+    )
     monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
     args = generate_grids.parse_args()
     grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
@@ -67,7 +69,7 @@ def test_agreement_changes_the_grids_and_is_part_of_a_runs_identity(run, refused
     out = ["--out", tmp_path / "grids"]
     run(generate_grids, TINY, "--agreement 1", *out)
     before = pictures(tmp_path / "grids")
-    assert "holds another run" in refused(generate_grids, TINY, *out)
+    assert "holds another run" in refused(generate_grids, TINY, "--agreement 0", *out)
     run(generate_grids, TINY, "--agreement 1 --count 3", *out)
     assert before.items() - pictures(tmp_path / "grids").items() == {
         ("overview.png", before["overview.png"])
@@ -99,7 +101,7 @@ def test_an_opposite_differs_from_the_prompt_in_its_opening_only(teacher, monkey
 
 def test_the_opposite_is_what_the_stock_pipeline_guides_against(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a tall critter | at noon | at sunset | in a cave | x\n")
-    draw = "--steps 2 --prompts", tmp_path / "prompts.txt", "--out"
+    draw = "--agreement 0 --steps 2 --true_cfg_scale 3 --prompts", tmp_path / "prompts.txt", "--out"
     for name, options in (("plain", "--no-negative"), ("against", "--negative")):
         run(generate_grids, *draw, tmp_path / name, options)
     (grid,) = dsd.read_records(tmp_path / "against" / "grids.jsonl")
