@@ -383,10 +383,10 @@ def draw_references(args, count=8):
     """miniature/references: held-out critters at noon in the meadow, in all poses. A file's name
     says what a prompt may call the critter."""
     generator = torch.Generator().manual_seed(args.seed)
-    named = {}  # no two of one name: a file would replace another
-    for row in world.identity_of(world.draw_identities(8 * count, generator, held_out=True)):
-        named.setdefault(world.noun(row), row)
-    identity = torch.stack(list(named.values())[:count])
+    names = []
+    while len(set(names)) < count:  # no two of one name: a file would replace another
+        identity = world.identity_of(world.draw_identities(count, generator, held_out=True))
+        names = [world.noun(row) for row in identity]
     pose = world.in_pose(world.draw_poses(count, generator), torch.arange(count) % len(world.POSES))
     meadow = world.CONTEXT["scene"].index("in the meadow")
     images = world.render(identity, torch.tensor([[meadow, 0, 0]] * count), pose, models.PANEL)
