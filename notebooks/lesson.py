@@ -44,7 +44,7 @@ pyplot.rcParams.update(
 )
 ROOT = dsd.MINIATURE.parent
 FLUX, VLM, ADAPTER = (dsd.MINIATURE / name for name in ("flux", "vlm", "adapter"))
-PARTS = ["shape", "ears", "colour", "tone", "trim", "pattern", "eyes"]  # the VLM's words for them
+PARTS = ["shape", "ears", "colour", "trim", "pattern", "eyes"]  # the VLM's words for them
 
 
 # ---- a lesson's first cell, and its checks -----------------------------------------------------
