@@ -62,6 +62,10 @@ def load_vlm(name, quantize="none"):
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # every answer starts where its question ends
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if vlm.generation_config.eos_token_id is None:
+            vlm.generation_config.eos_token_id = tokenizer.eos_token_id
+        if tokenizer.pad_token is None or vlm.generation_config.eos_token_id is None:
+            raise ValueError("its tokenizer has no eos_token, which ends an answer")
     return vlm, processor
 
 

@@ -14,12 +14,17 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import sys
 import textwrap
 import warnings
 from pathlib import Path
+
+if sys.excepthook is sys.__excepthook__:  # Ctrl-C during the imports: an end without a traceback
+    show = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show(kind, *rest)
 
 import diffusers
 import matplotlib
@@ -29,7 +34,7 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -44,6 +49,9 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms, in autocast
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = 2**27  # an error above twice as many; a camera has 200 million
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; node editors write whole graphs into their PNGs
 
 
 class DsdError(Exception):
@@ -532,10 +540,14 @@ def warn_of_prompts(pipe, prompts):
 # ---- pictures ----------------------------------------------------------------------------------
 def open_image(path):
     """A picture file as RGB: turned as EXIF says, transparency on white, the colours of its ICC
-    profile as sRGB's."""
+    profile as sRGB's, greys of 16 bits as of 8."""
     with explained(f"{path}: not an image that can be read"), Image.open(path) as image:
         profile = io.BytesIO(image.info.get("icc_profile") or b"")
         image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel")
+        if image.mode.startswith("I;16"):  # Pillow would make nearly all of it white
+            image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -608,17 +620,28 @@ class Parser(argparse.ArgumentParser):
         """The options. Defaults, the strongest last: those in the code, those for this script in
         the dsd.json of --model (or of another option that names a folder), and `more`."""
         defaults = folder_settings(self.peek(folder), script) | more
-        options = {action.dest for action in self._actions}
-        self.set_defaults(**{name: defaults[name] for name in defaults if name in options})
+        for action in self._actions:  # checked as if they were typed
+            if action.dest in defaults:
+                value = defaults[action.dest]
+                with explained(f"--{action.dest} {value}, in dsd.json or the adapter"):
+                    typed = action.type and not action.nargs and value is not None
+                    action.default = action.type(value) if typed else value
         args = self.parse_args()
-        PartialState(cpu=args.device == "cpu")  # PartialState() reports this device from now on
+        able = args.device == "cuda" and importlib.util.find_spec("bitsandbytes")
+        if args.quantize == "nf4" and not able:
+            install = "pip install -c requirements.txt bitsandbytes"
+            raise DsdError(f"--quantize nf4 needs a CUDA GPU and bitsandbytes: {install}")
+        with explained("RANK, WORLD_SIZE and so on are set: use accelerate launch, or unset them"):
+            PartialState(cpu=args.device == "cpu")  # PartialState() reports this device from now on
         return args
 
 
 def folder_settings(model, script=None):
     """What a model's folder says in its dsd.json, {} if it says nothing: all, or for one script."""
-    settings = read_json(Path(model) / "dsd.json")
-    return settings.get(script, {}) if script else settings
+    file = Path(model) / "dsd.json"
+    settings = read_json(file)
+    with explained(f'{file}: "{script}" must hold values of options'):
+        return dict(settings.get(script, {})) if script else settings
 
 
 def at_least(low, kind=int):
@@ -672,6 +695,8 @@ def open_out(args, script, changeable, **more):
 
 def run_main(main):
     """Run a script's main; a user's mistake becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a letter shows its code
+        stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:

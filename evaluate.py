@@ -358,8 +358,8 @@ def parse_args(parser, **defaults):
     about = "how many for each reference, beside another light; of a folder all, if not given"
     contexts = None if parser.peek("folder") else 4
     add("--prompts", dest="contexts", type=count, default=contexts, help=about)
-    strength = dsd.at_least(0.01, float)
-    add("--strengths", nargs="+", type=strength, default=[0.5], help="of SDEdit, up to 1")
+    tenths = {"type": float, "choices": [k / 10 for k in range(1, 11)], "metavar": "S"}
+    add("--strengths", nargs="+", default=[0.5], help="of SDEdit: 0.1, 0.2, ..., 1.0", **tenths)
     add("--seed", type=dsd.at_least(0), default=0, help="of references, prompts and noise")
     sample.add_drawing_options(parser)
     model, adapter = parser.peek("model"), parser.peek("adapter")

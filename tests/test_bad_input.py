@@ -23,7 +23,7 @@ from conftest import (
     run_script,
 )
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from random_models import make_chat_model
 from safetensors.torch import load, save
 
@@ -80,6 +80,7 @@ def given(tmp_path_factory, pairs):
 
     (folder / "empty").mkdir()
     (folder / "text.png").write_bytes(b"no image")
+    Image.new("F", (8, 8), 1e4).save(folder / "float.tiff")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 400 million pixels in 50 kilobytes
     (folder / "short.txt").write_text("a fox | in the snow | at noon\n")
     (folder / "blank.txt").write_text("\n \n\n")
@@ -136,6 +137,7 @@ def check(refused, given, tmp_path, monkeypatch):
 # ---- refused: commands ---------------------------------------------------------------------------
 COMMANDS = [  # scripts, what is changed in their usual command, words that the line must hold
     ("sample", "--image good.png text.png", "text.png: not an image that can be read"),
+    ("sample", "--image float.tiff", "float.tiff: not an image that can be read"),
     ("sample", "--image bomb.png", "bomb.png: not an image that can be read"),
     ("sample", "--image none.png", "none.png: not an image that can be read"),
     ("sample", "--image empty", "no reference picture"),
@@ -165,6 +167,7 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("sample", "--adapter narrow", f"narrow/{ADAPTER} ... does not fit this model"),
     ("sample", "--adapter nowhere", "no adapter"),
     ("sample", "--adapter 'pickled adapter'", "no adapter"),
+    ("generate_grids curate finetune sample", "--quantize nf4", "needs a CUDA GPU"),
     # records, sizes
     ("curate", "--grids empty", "run generate_grids.py first"),
     ("finetune", "--pairs empty", "no pairs in empty; run curate.py first"),
@@ -208,6 +211,14 @@ def test_a_wrong_command_in_a_process_of_its_own(tmp_path):
     _, printed = run_script("finetune.py", cwd=tmp_path, code=2)
     assert printed.startswith("\nerror: no pairs in runs/pairs; run curate.py first")
     assert printed.count("\n") == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_launchers_variables_without_an_address_are_named(given, monkeypatch):
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("SIZE", 2)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    _, printed = run_script("sample.py", SCRIPTS["sample"][1], cwd=given, code=2)
+    assert "RANK, WORLD_SIZE and so on are set: use accelerate launch" in printed
+    assert printed.count("\n") == 2
 
 
 def test_without_a_compiler_nothing_is_encoded(check, tmp_path, monkeypatch):
@@ -274,6 +285,8 @@ BROKEN = [
     ("generate_grids sample", "flux/vae/*.safetensors", NOT_FINITE, "not finite ... weights"),
     ("generate_grids", "flux/dsd.json", b"{", "flux/dsd.json: not a JSON file"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": "a"}}', "--panel ... a"),
+    ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": [32]}}', "dsd.json"),
+    ("generate_grids", "flux/dsd.json", b'{"generate_grids": [1]}', "flux/dsd.json"),
     ("generate_grids", "flux/dsd.json", grammar(opposites={}), "--negative needs ... opposites"),
     ("curate", "vlm/model.safetensors", None, "vlm as a vision-language model"),
     ("curate", "vlm/model.safetensors", BOMB, "vlm as a vision-language model"),
@@ -484,6 +497,9 @@ DISPLAY_P3 = profile(
 )
 GREYS = profile().replace(b"RGB XYZ ", b"GRAYXYZ ").replace(b"rTRC", b"kTRC")
 ON_ITS_SIDE = two_colours().rotate(90, expand=True)
+LONG_TEXT = PngImagePlugin.PngInfo()
+LONG_TEXT.add_text("workflow", "x" * 5_000_000, zip=True)
+GREY = 128, 128, 128
 UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at the right
     ("grey.png", two_colours(mode="L"), {}, (76, 76, 76), (29, 29, 29)),
     ("palette.png", two_colours(mode="P"), {}, RED, BLUE),
@@ -497,6 +513,9 @@ UNUSUAL = [  # file, picture, how it is saved, its colours at the left and at th
     ("P3.png", two_colours((234, 51, 35), (0, 0, 245)), {"icc_profile": DISPLAY_P3}, RED, BLUE),
     ("profile of greys.png", two_colours(), {"icc_profile": GREYS}, RED, BLUE),
     ("damaged profile.png", two_colours(), {"icc_profile": DISPLAY_P3[:200]}, RED, BLUE),
+    ("5 MB of text.png", two_colours(), {"pnginfo": LONG_TEXT}, RED, BLUE),
+    ("16 bits.png", Image.new("I;16", (64, 32), 32896), {}, GREY, GREY),
+    ("16 bits, the other end first.tiff", Image.new("I;16B", (64, 32), 32896), {}, GREY, GREY),
     ("a camera's.jfif", two_colours(), {"format": "JPEG", "quality": 100}, RED, BLUE),
 ]
 

@@ -3,6 +3,7 @@
 import dsd
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -172,11 +173,18 @@ def test_run_main_turns_an_error_into_one_line_and_an_exit_code(error, code, sai
     assert stop.value.code == code and capsys.readouterr().err.strip() == said
 
 
-def test_the_libraries_print_no_notices():
-    code = "import dsd; dsd.run_main(lambda: print('done'))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("done\n", "")
+def test_libraries_print_no_notices_and_a_console_shows_the_codes_of_letters_it_lacks():
+    code = "import dsd; dsd.run_main(lambda: print('\\u732b.png'))"
+    command, console = [sys.executable, "-c", code], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=console, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\\u732b.png\n", "")
+
+
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "diffusers.py").write_text("raise KeyboardInterrupt")
+    command, path = [sys.executable, ROOT / "sample.py"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=path, capture_output=True)
+    assert done.returncode != 0 and done.stderr == b""
 
 
 def test_records_come_back_as_they_were_written(tmp_path):

@@ -154,11 +154,25 @@ def test_the_question_shows_an_answer_in_the_wanted_form_unless_the_models_folde
     assert curate.parse(curate.EXAMPLE.partition(":\n")[2]) == ("no", "no: tail different")
 
 
-def test_a_vlm_without_a_token_for_padding_answers_the_same(vlm, tmp_path):
-    folder = tmp_path / "vlm"
-    shutil.copytree(vlm, folder)
-    file = folder / "tokenizer_config.json"
-    dsd.write_json(file, dsd.read_json(file) | {"pad_token": None})
+def without(vlm, folder, name, *tokens):
+    """A copy of a VLM whose file NAME_config.json has no such tokens."""
+    shutil.copytree(vlm, folder, dirs_exist_ok=True)
+    file = folder / f"{name}_config.json"
+    dsd.write_json(file, dsd.read_json(file) | dict.fromkeys(tokens))
+    return folder
+
+
+def test_a_vlm_without_a_token_for_the_end_is_refused(vlm, tmp_path):
+    folder = without(vlm, tmp_path, "tokenizer", "pad_token", "eos_token")
+    with pytest.raises(dsd.DsdError, match="no eos_token"):
+        curate.load_vlm(folder)
+
+
+@pytest.mark.parametrize(
+    "missing", [("tokenizer", "pad_token"), ("generation", "eos_token_id", "pad_token_id")]
+)
+def test_a_vlm_without_some_special_tokens_answers_the_same(missing, vlm, tmp_path):
+    folder = without(vlm, tmp_path, *missing)
     cases = [[critter(7, [0, 0, 0])], [critter(7, [1, 0, 0]), critter(7, [2, 0, 0])]]
     questions = [curate.DETAILS_QUESTION, curate.PAIR_QUESTION]  # of different lengths
     asked = cases, questions, 2, 100

@@ -272,7 +272,7 @@ MISTAKES = [
     (evaluate, "--witness nowhere", "no judge at nowhere"),
     (evaluate, "--adapter nowhere", "no adapter"),
     (evaluate, "--prompts 90", "reference 0 has"),
-    (evaluate, "--strengths 0", "at least 0.01"),
+    (evaluate, "--strengths 2", "invalid choice"),
     (evaluate, "--width 33", "multiples of"),
     (ablations, "--rows 'DSD, LoRA rank 4' --pairs nowhere", "no nowhere/metadata.jsonl"),
     (ablations, "--folder x", "for the miniature"),
