@@ -216,7 +216,7 @@ def test_offloaded_pipelines_with_an_adapter_draw_the_same_pictures(dev, tmp_pat
 def test_validation_draws_with_the_models_own_steps(model, pairs, tmp_path, run, monkeypatch):
     asked = []
 
-    def sample_edit(*args, steps, **more):
+    def sample_edit(pipe, pixels, text, null_text, seeds, steps, **more):
         asked.append(steps)
         return [noise_image(32, 32)]
 
