@@ -48,7 +48,6 @@ from tqdm import tqdm
 import evaluate
 import finetune
 import sample
-from miniature import world
 
 RIVAL_FILE = "rival.safetensors"
 STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # of SDEdit
@@ -62,7 +61,6 @@ ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "both frames weigh the same": ("curated", ["--frame_weights", 1, 1]),
     "clean reference tokens (not the paper's)": ("curated", ["--clean_reference"]),
     "single frame": ("curated", ["--frames", 1]),
-    "captions without pose words": ("no poses", []),
     "half of the pairs": ("half", []),
     "a quarter of the pairs": ("quarter", []),
     "LoRA rank 4": ("curated", ["--rank", 4]),
@@ -102,10 +100,7 @@ def pairs_for(which, args):
         records = [record for record in records if record["grid"] < n]
     else:
         records = records[: {"half": count // 2, "quarter": count // 4}.get(which, count)]
-    poses = "|".join(filter(None, world.POSES))
     for record in records:
-        if which == "no poses":
-            record["prompt"] = re.sub(f" ({poses})(?= )", "", record["prompt"])
         for side in finetune.FILES:
             record[side] = (source / record[side]).resolve().as_posix()
     folder = work / f"pairs_{which.replace(' ', '_')}"

@@ -36,19 +36,26 @@ IDENTITY = {  # attribute -> its values; their order is the order of the columns
     "pattern": ["plain", "belly", "trousers", "hood", "side"],  # the area of the second colour
     "eyes": ["one", "two", "three"],
 }
+SCENES = {  # the prompt's words -> colours of the sky and of the ground
+    "in the snow": ([0.72, 0.84, 0.95], [0.97, 0.98, 1.0]),
+    "on the beach": ([0.55, 0.80, 0.98], [0.94, 0.84, 0.56]),
+    "in the forest": ([0.16, 0.34, 0.20], [0.26, 0.42, 0.16]),
+    "in a cave": ([0.20, 0.16, 0.16], [0.36, 0.29, 0.27]),
+    "in the desert": ([0.98, 0.78, 0.48], [0.86, 0.62, 0.30]),
+    "in the city": ([0.62, 0.68, 0.76], [0.34, 0.35, 0.38]),
+    "in the meadow": ([0.50, 0.78, 1.0], [0.42, 0.74, 0.26]),
+    "in space": ([0.05, 0.04, 0.14], [0.42, 0.34, 0.52]),
+}
+LIGHTS = {  # the prompt's words -> the light's colour, and where it stands (x, y down)
+    "at noon": ([1.0, 1.0, 1.0], [0.0, -1.0]),
+    "at sunset": ([1.12, 0.74, 0.46], [1.0, -0.2]),
+    "by moonlight": ([0.42, 0.52, 0.90], [-0.7, -0.7]),
+    "under neon": ([1.05, 0.50, 1.08], [-1.0, 0.3]),
+}
 CONTEXT = {  # the words are the prompt's
-    "scene": [
-        "in the snow",
-        "on the beach",
-        "in the forest",
-        "in a cave",
-        "in the desert",
-        "in the city",
-        "in the meadow",
-        "in space",
-    ],
+    "scene": list(SCENES),
     "accessory": ["", "with a hat", "with a balloon", "with a scarf"],
-    "light": ["at noon", "at sunset", "by moonlight", "under neon"],
+    "light": list(LIGHTS),
 }
 COLUMN = {name: k for k, name in enumerate([*IDENTITY, *CONTEXT, "pose"])}  # attribute -> its place
 N_IDENTITY = len(IDENTITY)  # columns of the identity come first, then the context's, then the pose
@@ -76,45 +83,17 @@ POSES = {
     "lying down": (0.20, 0.12, 0.85, -1),
     "upside down": (0.0, -0.32, 0.85, 2),
 }
-POSE_NAMES = [
-    pose or "standing" for pose in POSES
-]  # in labels and tables; a prompt says nothing of a standing critter
+# In labels and tables; a prompt says nothing of a standing critter.
+POSE_NAMES = [pose or "standing" for pose in POSES]
 
-_SKY = [
-    [0.72, 0.84, 0.95],
-    [0.55, 0.80, 0.98],
-    [0.16, 0.34, 0.20],
-    [0.20, 0.16, 0.16],
-    [0.98, 0.78, 0.48],
-    [0.62, 0.68, 0.76],
-    [0.50, 0.78, 1.0],
-    [0.05, 0.04, 0.14],
-]
-_GROUND = [
-    [0.97, 0.98, 1.0],
-    [0.94, 0.84, 0.56],
-    [0.26, 0.42, 0.16],
-    [0.36, 0.29, 0.27],
-    [0.86, 0.62, 0.30],
-    [0.34, 0.35, 0.38],
-    [0.42, 0.74, 0.26],
-    [0.42, 0.34, 0.52],
-]
-_CAST = [[1.0, 1.0, 1.0], [1.12, 0.74, 0.46], [0.42, 0.52, 0.90], [1.05, 0.50, 1.08]]
-_LIGHT_FROM = [
-    [0.0, -1.0],
-    [1.0, -0.2],
-    [-0.7, -0.7],
-    [-1.0, 0.3],
-]  # where the light stands (x, y down)
 _EAR_X = [0.27, 0.28, 0.20, 0.17, 0.27, 0.25]  # ear anchors, one for each body shape
 _EAR_Y = [-0.38, -0.40, -0.48, -0.46, -0.26, -0.38]
-_EYES = [
+_TOP_Y = [-0.48, -0.42, -0.58, -0.56, -0.50, -0.48]  # where a hat sits
+_EYES = [  # where one, two and three of them are
     [(0.0, -0.10)],
     [(-0.17, -0.10), (0.17, -0.10)],
     [(-0.16, -0.02), (0.16, -0.02), (0.0, -0.27)],
-]  # where they are
-_TOP_Y = [-0.48, -0.42, -0.58, -0.56, -0.50, -0.48]  # where a hat sits
+]
 
 
 # ---- identities and contexts as integers ---------------------------------------------------------
@@ -122,10 +101,7 @@ def identity_of(index):
     """Identity numbers (N,) -> attribute values (N, N_IDENTITY), columns as in IDENTITY."""
     index, columns = torch.as_tensor(index).clone(), []
     if ((index < 0) | (index >= N_IDENTITIES)).any():
-        raise ValueError(
-            f"the world has {N_IDENTITIES} identities, numbered from 0; asked for "
-            f"{index.tolist()[:5]}..."
-        )
+        raise ValueError(f"the world has {N_IDENTITIES} identities, numbered from 0")
     for radix in RADIX:
         columns.append(index % radix)
         index = index // radix
@@ -151,9 +127,8 @@ def draw_identities(n, generator, held_out=False):
 
 def draw_contexts(n, generator):
     """`n` random contexts (n, 3): scene, accessory, light."""
-    return torch.stack(
-        [torch.randint(len(v), (n,), generator=generator) for v in CONTEXT.values()], 1
-    )
+    columns = [torch.randint(len(v), (n,), generator=generator) for v in CONTEXT.values()]
+    return torch.stack(columns, 1)
 
 
 def draw_poses(n, generator):
@@ -162,9 +137,7 @@ def draw_poses(n, generator):
     They differ little, a pixel in place, 4 % in size, 4 degrees in tilt: no input foretells the
     jitter, and with a larger one that doubt was more than half of the student's loss (LOG.md)."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
-    return torch.stack(
-        [0.06 * u[:, 0], 0.16 + 0.03 * u[:, 1], 1.16 + 0.05 * u[:, 2], 0.07 * u[:, 3]], 1
-    )
+    return torch.tensor([0, 0.16, 1.16, 0]) + torch.tensor([0.06, 0.03, 0.05, 0.07]) * u
 
 
 def in_pose(pose, named):
@@ -188,13 +161,10 @@ def change_attributes(identity, count, generator):
     other, sizes = identity.clone(), [len(v) for v in IDENTITY.values()]
     order = torch.rand(identity.shape, generator=generator).argsort(1)
     for column, size in enumerate(sizes):
-        change = (order == column).float().argmax(
-            1
-        ) < count  # this column is among the first `count` of the shuffle
+        place = (order == column).float().argmax(1)  # of this column in the shuffle
         step = torch.randint(1, size, (len(identity),), generator=generator)
-        other[:, column] = torch.where(
-            change, (identity[:, column] + step) % size, identity[:, column]
-        )
+        changed = (identity[:, column] + step) % size
+        other[:, column] = torch.where(place < count, changed, identity[:, column])
     clash = other[:, COLUMN["colour"]] == other[:, COLUMN["second"]]
     if clash.any():  # main and second colour are never equal: draw these again
         other[clash] = change_attributes(identity[clash], count[clash], generator)
@@ -295,10 +265,8 @@ def sheet_caption(
         head = opening.format(f"scene, a {subject} {setting(contexts[0], False, poses[0])}")
         panels = [CONTEXT["light"][int(c[2])] for c in contexts]
     else:
-        head, panels = (
-            opening.format(subject),
-            [setting(c, pose=pose) for c, pose in zip(contexts, poses)],
-        )
+        head = opening.format(subject)
+        panels = [setting(c, pose=pose) for c, pose in zip(contexts, poses)]
     return f"{head}: " + ", ".join(f"{o} {p}" for o, p in zip(ORDINALS, panels))
 
 
@@ -313,16 +281,11 @@ def _ellipse(x, y, a, b):  # not an exact distance, near enough for a soft edge
 
 def _box(x, y, a, b, r=0.0):
     qx, qy = x.abs() - a + r, y.abs() - b + r
-    return (
-        (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt()
-        + torch.maximum(qx, qy).clamp(max=0)
-        - r
-    )
+    outside = (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt()
+    return outside + torch.maximum(qx, qy).clamp(max=0) - r
 
 
-def _triangle(
-    x, y, a, top, bottom
-):  # symmetric about x = 0, the tip at (0, top), the base of half-width a at bottom
+def _triangle(x, y, a, top, bottom):  # its tip at (0, top), its base of half-width a at bottom
     length = (a * a + (bottom - top) ** 2) ** 0.5
     side = (x.abs() * (bottom - top) - (y - top) * a) / length
     return torch.maximum(side, y - bottom)
@@ -367,17 +330,22 @@ def render(identity, context, pose, size=32):
     Drawn at twice the size and averaged down; on a CPU 32 panels at a time, which fit into its
     cache."""
     n = len(identity) if identity.is_cuda else 32
+    parts = zip(identity.split(n), context.split(n), pose.split(n))
     with identity.device:  # where tensors are made that follow no other
-        return torch.cat(
-            [
-                _render(*part, size)
-                for part in zip(identity.split(n), context.split(n), pose.split(n))
-            ]
-        )
+        return torch.cat([_render(*part, size) for part in parts])
 
 
 def _look_up(table, index):
     return torch.tensor(table)[index]
+
+
+def _rgb(*colour):
+    return torch.tensor(colour).view(1, 3, 1, 1)
+
+
+def _only(chosen, distance):
+    """The distance (N, S, S) where `chosen` (N,), and far away elsewhere."""
+    return torch.where(chosen.view(-1, 1, 1), distance, torch.full_like(distance, 9.0))
 
 
 def _render(identity, context, pose, size):
@@ -394,7 +362,9 @@ def _render(identity, context, pose, size):
     def paint(image, distance, colour):
         return image + mask(distance) * (colour - image)
 
-    image = _background(scene, X, Y, paint) * _look_up(_CAST, light).view(n, 3, 1, 1)
+    casts, lamps = zip(*LIGHTS.values())
+    cast, lamp = _look_up(casts, light).view(n, 3, 1, 1), _look_up(lamps, light)
+    image = _background(scene, X, Y, paint) * cast
 
     # the critter's own frame: x, y (N, S, S)
     cx, cy, scale, tilt = (p.view(n, 1, 1) for p in pose.unbind(1))
@@ -405,16 +375,10 @@ def _render(identity, context, pose, size):
     critter = _accessory(critter, accessory, x, y, top, paint)
 
     # light: the critter has less of the cast than the scene, and a shade away from the lamp
-    lamp = _look_up(_LIGHT_FROM, light)
     toward = (dx * lamp[:, 0].view(n, 1, 1) + dy * lamp[:, 1].view(n, 1, 1)).unsqueeze(1)
-    lit = (
-        critter
-        * (0.70 + 0.30 * _look_up(_CAST, light).view(n, 3, 1, 1))
-        * (1 + 0.30 * toward.clamp(-0.6, 0.6))
-    )
-    image = image + (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1) * (
-        lit - image
-    )
+    lit = critter * (0.70 + 0.30 * cast) * (1 + 0.30 * toward.clamp(-0.6, 0.6))
+    covered = (mask(whole) + (critter != image).any(1, keepdim=True)).clamp(0, 1)
+    image = image + covered * (lit - image)
     return F.avg_pool2d(image.clamp(0, 1), 2)
 
 
@@ -425,7 +389,7 @@ def _critter(image, identity, x, y, paint):
     shape, ears, colour, second, pattern, eyes = identity.unbind(1)
     palette = torch.tensor(list(COLOURS.values()))
     main, trim = palette[colour].view(n, 3, 1, 1), palette[second].view(n, 3, 1, 1)
-    ink = torch.tensor([0.08, 0.06, 0.10]).view(1, 3, 1, 1)
+    ink = _rgb(0.08, 0.06, 0.10)
 
     body, ear = torch.empty_like(x), torch.empty_like(x)
     for k in range(len(IDENTITY["shape"])):
@@ -457,44 +421,33 @@ def _critter(image, identity, x, y, paint):
 
 def _background(scene, X, Y, paint):
     n = len(scene)
-    sky, ground = _look_up(_SKY, scene).view(n, 3, 1, 1), _look_up(_GROUND, scene).view(n, 3, 1, 1)
+    skies, grounds = zip(*SCENES.values())
+    sky, ground = (_look_up(table, scene).view(n, 3, 1, 1) for table in (skies, grounds))
     image = sky * (1 + 0.10 * Y.unsqueeze(1))
-    away = torch.full_like(X, 9.0)
-
-    def only(k, distance):
-        return torch.where((scene == k).view(n, 1, 1), distance, away)
-
-    def rgb(r, g, b):
-        return torch.tensor([r, g, b]).view(1, 3, 1, 1)
-
-    image = paint(image, only(1, 0.10 - Y), rgb(0.12, 0.42, 0.78))  # beach: the sea
-    image = paint(
-        image, only(2, (torch.sin(X * 9 + 1)).abs() * 0.12 - 0.045), rgb(0.30, 0.19, 0.10)
-    )  # forest: trunks
-    image = paint(
-        image, only(3, Y + 0.95 - 0.40 * (torch.sin(X * 8) ** 2)), rgb(0.42, 0.34, 0.31)
-    )  # cave: stalactites
-    image = paint(
-        image, only(4, _circle(X - 0.62, Y + 0.62, 0.22)), rgb(1.0, 0.97, 0.72)
-    )  # desert: a big sun
-    tower = torch.maximum(
-        (torch.sin(X * 7.85)).abs() * -0.13 + 0.04,
-        -0.55 + 0.35 * torch.cos((X * 2.5).round() * 2.2) - Y,
-    )
-    image = paint(image, only(5, tower), rgb(0.40, 0.42, 0.52))  # city: towers with lit windows
-    window = torch.maximum(
-        tower + 0.06, ((X * 5) % 1 - 0.5).abs().maximum(((Y * 5) % 1 - 0.5).abs()) * 0.2 - 0.045
-    )
-    image = paint(image, only(5, window), rgb(1.0, 0.90, 0.45))
-    image = paint(image, only(7, _star(X, Y)), rgb(1.0, 1.0, 0.9))
+    trunks = torch.sin(X * 9 + 1).abs() * 0.12 - 0.045
+    stalactites = Y + 0.95 - 0.40 * torch.sin(X * 8) ** 2
+    roof = -0.55 + 0.35 * torch.cos((X * 2.5).round() * 2.2) - Y
+    towers = torch.maximum(torch.sin(X * 7.85).abs() * -0.13 + 0.04, roof)
+    pane = ((X * 5) % 1 - 0.5).abs().maximum(((Y * 5) % 1 - 0.5).abs()) * 0.2 - 0.045
+    windows = torch.maximum(towers + 0.06, pane)
+    things = [  # number of the scene, distance, colour
+        (1, 0.10 - Y, _rgb(0.12, 0.42, 0.78)),  # the sea
+        (2, trunks, _rgb(0.30, 0.19, 0.10)),
+        (3, stalactites, _rgb(0.42, 0.34, 0.31)),
+        (4, _circle(X - 0.62, Y + 0.62, 0.22), _rgb(1.0, 0.97, 0.72)),  # a big sun
+        (5, towers, _rgb(0.40, 0.42, 0.52)),
+        (5, windows, _rgb(1.0, 0.90, 0.45)),
+        (7, _star(X, Y), _rgb(1.0, 1.0, 0.9)),
+    ]
+    for k, distance, colour in things:
+        image = paint(image, _only(scene == k, distance), colour)
     hill = 0.42 + 0.06 * torch.sin(X * 4 + scene.view(n, 1, 1))
     image = paint(image, hill - Y, ground)
-    speck = (
-        ((X * 3.1 + 0.3) % 1 - 0.5) ** 2 + ((Y * 3.1 + 0.2 * torch.sin(X * 9)) % 1 - 0.5) ** 2
-    ).sqrt() * 0.32
-    image = paint(image, only(0, speck - 0.05), rgb(1.0, 1.0, 1.0))  # snow: flakes everywhere
+    across, down = (X * 3.1 + 0.3) % 1 - 0.5, (Y * 3.1 + 0.2 * torch.sin(X * 9)) % 1 - 0.5
+    speck = (across**2 + down**2).sqrt() * 0.32
+    image = paint(image, _only(scene == 0, speck - 0.05), _rgb(1.0, 1.0, 1.0))  # flakes everywhere
     flowers = torch.maximum(speck - 0.05, 0.50 - Y)
-    return paint(image, only(6, flowers), rgb(1.0, 0.85, 0.95))  # meadow: flowers
+    return paint(image, _only(scene == 6, flowers), _rgb(1.0, 0.85, 0.95))
 
 
 def _star(X, Y):
@@ -504,19 +457,12 @@ def _star(X, Y):
 
 def _face(image, eyes, x, y, paint):
     n = len(eyes)
-    white, black = (
-        torch.tensor([0.98, 0.98, 0.98]).view(1, 3, 1, 1),
-        torch.tensor([0.05, 0.04, 0.08]).view(1, 3, 1, 1),
-    )
-    to_eye = torch.stack(
-        [
-            torch.stack([((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]).amin(0)
-            for places in _EYES
-        ]
-    )
-    d = to_eye.gather(0, eyes.view(1, n, 1, 1).expand(1, *x.shape))[
-        0
-    ]  # (N, S, S), to the nearest of its eyes
+    white, black = _rgb(0.98, 0.98, 0.98), _rgb(0.05, 0.04, 0.08)
+    nearest = []  # for each number of eyes, the distance to the nearest one
+    for places in _EYES:
+        to_eyes = [((x - a) ** 2 + (y - b) ** 2).sqrt() for a, b in places]
+        nearest.append(torch.stack(to_eyes).amin(0))
+    d = torch.stack(nearest)[eyes, torch.arange(n)]  # (N, S, S)
     radius = torch.tensor([0.20, 0.135, 0.115])[eyes].view(n, 1, 1)
     image = paint(image, d - radius - 0.025, black)
     image = paint(image, d - radius, white)
@@ -524,29 +470,23 @@ def _face(image, eyes, x, y, paint):
 
 
 def _accessory(image, kind, x, y, top, paint):
-    n = len(kind)
-    away = torch.full_like(x, 9.0)
-
-    def only(k, distance):
-        return torch.where((kind == k).view(n, 1, 1), distance, away)
-
-    def rgb(r, g, b):
-        return torch.tensor([r, g, b]).view(1, 3, 1, 1)
-
+    hat, balloon, scarf = (kind == k for k in (1, 2, 3))
     v = y - top
-    hat = torch.minimum(_box(x, v + 0.14, 0.15, 0.17), _box(x, v - 0.02, 0.25, 0.045))
-    image = paint(image, only(1, hat), rgb(0.10, 0.10, 0.12))
-    image = paint(image, only(1, _box(x, v + 0.04, 0.15, 0.04)), rgb(0.95, 0.78, 0.20))
-    image = paint(image, only(2, _box(x - 0.56, y - 0.02, 0.018, 0.40)), rgb(0.95, 0.95, 0.95))
-    image = paint(
-        image, only(2, _ellipse(x - 0.56, y + 0.46, 0.19, 0.23) - 0.025), rgb(0.08, 0.06, 0.10)
-    )
-    image = paint(image, only(2, _ellipse(x - 0.56, y + 0.46, 0.19, 0.23)), rgb(0.92, 0.10, 0.12))
-    scarf = torch.minimum(
-        _box(x, y - 0.13, 0.40, 0.06, 0.04), _box(x - 0.22, y - 0.28, 0.065, 0.15)
-    )
-    image = paint(image, only(3, scarf - 0.03), rgb(0.08, 0.06, 0.10))
-    return paint(image, only(3, scarf), rgb(0.55, 0.57, 0.62))  # grey: no critter is
+    felt = torch.minimum(_box(x, v + 0.14, 0.15, 0.17), _box(x, v - 0.02, 0.25, 0.045))
+    ball = _ellipse(x - 0.56, y + 0.46, 0.19, 0.23)
+    wool = torch.minimum(_box(x, y - 0.13, 0.40, 0.06, 0.04), _box(x - 0.22, y - 0.28, 0.065, 0.15))
+    parts = [  # who has it, distance, colour
+        (hat, felt, _rgb(0.10, 0.10, 0.12)),
+        (hat, _box(x, v + 0.04, 0.15, 0.04), _rgb(0.95, 0.78, 0.20)),  # its ribbon
+        (balloon, _box(x - 0.56, y - 0.02, 0.018, 0.40), _rgb(0.95, 0.95, 0.95)),  # its string
+        (balloon, ball - 0.025, _rgb(0.08, 0.06, 0.10)),
+        (balloon, ball, _rgb(0.92, 0.10, 0.12)),
+        (scarf, wool - 0.03, _rgb(0.08, 0.06, 0.10)),
+        (scarf, wool, _rgb(0.55, 0.57, 0.62)),  # grey: no critter is
+    ]
+    for wearers, distance, colour in parts:
+        image = paint(image, _only(wearers, distance), colour)
+    return image
 
 
 # ---- sheets --------------------------------------------------------------------------------------
@@ -595,9 +535,8 @@ def sheets(n, generator, layout=(2, 2), size=32, held_out=False, device="cpu"):
     lights = torch.rand(n, 4, generator=generator).argsort(1)[:, :p]
     context[relight, :, 2] = lights[relight]
     stand = in_pose(pose.flatten(0, 1), named.flatten())
-    images = render(
-        *(x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand)), size
-    )
+    shown = (x.to(device) for x in (panels.flatten(0, 1), context.flatten(0, 1), stand))
+    images = render(*shown, size)
     cells = images.view(n, rows, columns, 3, size, size).permute(0, 3, 1, 4, 2, 5)
     images = cells.flatten(4, 5).flatten(2, 3)  # (n, 3, rows * size, columns * size)
     draw, named = torch.rand(n, 2, generator=generator), named.tolist()

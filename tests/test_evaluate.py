@@ -405,13 +405,3 @@ def test_pairs_of_the_ablations(pairs, tmp_path, monkeypatch):
         if which in ("half", "quarter"):
             picture = folder / records[0]["target_file_name"]
             assert picture.samefile(pairs / whole[0]["target_file_name"])
-
-
-def test_pairs_without_poses_name_none(pairs, tmp_path):
-    prompts = [" ".join(f"a critter {pose} in space".split()) for pose in world.POSES]
-    (record, *_) = dsd.read_records(pairs / "metadata.jsonl")
-    posed = [record | {"prompt": text} for text in prompts]
-    dsd.write_json(tmp_path / "posed" / "metadata.jsonl", posed)
-    args = argparse.Namespace(pairs=tmp_path / "posed", out=tmp_path, seed=0, device="cpu")
-    records = dsd.read_records(ablations.pairs_for("no poses", args) / "metadata.jsonl")
-    assert [record["prompt"] for record in records] == ["a critter in space"] * len(world.POSES)
