@@ -36,7 +36,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -54,17 +54,13 @@ FLUX_1 = {  # FLUX.1-dev's sizes; what is not said is the classes' own default, 
         "shift_factor": 0.1159,
     },
     "text_encoder": {
-        "vocab_size": 49408,
         "hidden_size": 768,
         "intermediate_size": 3072,
         "projection_dim": 768,
-        "num_hidden_layers": 12,
         "num_attention_heads": 12,
     },
     "text_encoder_2": {
-        "vocab_size": 32128,
         "d_model": 4096,
-        "d_kv": 64,
         "d_ff": 10240,
         "num_layers": 24,
         "num_heads": 64,
@@ -82,9 +78,7 @@ CARDS = {  # GB of memory, TFLOP/s that FLUX.1 reaches in bfloat16, TB/s of the 
     "H100": {"memory": 80, "tflops": 300, "bandwidth": 3.35},
 }
 BF16 = torch.bfloat16
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # of a weight: 4 bits, 8 for 64 of them, 32 for 256 blocks
+NF4_BYTES = 0.5 + 1 / 64 + 1 / (64 * 64)  # of a weight: 4 bits, 8 for 64 of them, 32 for 64 * 256
 RESERVED = (4.7 - 1.5) * 2**30  # bytes that frameworks hold beside the tensors
 PNG_BYTES = 1.6  # of a pixel of a photograph
 ASKED, ACCEPTED, CAPTIONS = 6, 0.35, 3  # of a grid: pairs, share accepted (as in UNO), captions
@@ -136,9 +130,7 @@ class Autocast(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, dtype = kwargs or {}, self.DTYPES.get(getattr(function, "__name__", ""))
         if dtype:
-            args, kwargs = tree_map(
-                lambda t: t.to(dtype) if torch.is_tensor(t) else t, (args, kwargs)
-            )
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(dtype), (args, kwargs))
         return function(*args, **kwargs)
 
 
@@ -215,9 +207,8 @@ def make_student(args):
     for p in student.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing(
-            functools.partial(checkpoint, use_reentrant=False, context_fn=recomputing)
-        )
+        how = {"use_reentrant": False, "context_fn": recomputing}
+        student.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
     return student
 
 
@@ -384,9 +375,8 @@ class Recipe:
     def validation(self):
         args, batch = self.args, min(self.args.batch_size, 24)
         needs, seconds, one = self.drawing(1, 20, autocast=True)
-        losses = measure(
-            lambda: self.run(self.student, batch, *self.canvas, args.prompt_tokens), autocast=True
-        )
+        size = *self.canvas, args.prompt_tokens
+        losses = measure(lambda: self.run(self.student, batch, *size), autocast=True)
         times = math.ceil(args.steps / args.validate_every)
         tokens = max(batch, self.passes) * self.canvas_tokens
         alive = self.resident() + max(losses.peak + self.unpacked, *needs.values())
@@ -397,10 +387,8 @@ class Recipe:
         args, text = self.args, self.encode_text(1, self.args.prompt_tokens)
         needs, seconds, _ = self.drawing(1, args.sample_steps)
         weights = self.weights | {"transformer": self.weights["transformer"] + 2 * self.lora}
-        tokens, alive = (
-            self.passes * self.canvas_tokens,
-            self.place(weights, needs | {"text": text.peak}),
-        )
+        tokens = self.passes * self.canvas_tokens
+        alive = self.place(weights, needs | {"text": text.peak})
         seconds = args.pictures * (seconds + self.seconds(2 * text.operations))
         disk = args.pictures * PNG_BYTES * args.panel**2
         return self.row("4 sample.py", args.pictures, tokens, alive, seconds, disk)

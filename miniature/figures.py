@@ -81,9 +81,8 @@ def draw_result(args):
     n = len(SETTINGS)
     figure = Figure(figsize=(13, 1.75 * len(files)))
     widths = [1, 0.25, *[1] * n, 0.25, *[1] * n]
-    grid = figure.add_gridspec(
-        len(files), len(widths), width_ratios=widths, wspace=0.06, hspace=0.1
-    )
+    spaces = {"width_ratios": widths, "wspace": 0.06, "hspace": 0.1}
+    grid = figure.add_gridspec(len(files), len(widths), **spaces)
     for row in range(len(files)):
         top = row == 0
         show(figure, grid[row, 0], cases[row * n].image, "reference" if top else "")
@@ -111,9 +110,8 @@ def draw_agreement(args):
     for row, (strength, name) in enumerate(((0.0, "without"), (settings.agreement, "with"))):
         settings.agreement = strength
         for k, image in enumerate(generate_grids.draw_grids(pipe, grids, settings)):
-            seen = [
-                tuple(words.values())[: world.N_IDENTITY] for words in judge(dsd.cut_grid(image))
-            ]
+            found = judge(dsd.cut_grid(image))
+            seen = [list(words.values())[: world.N_IDENTITY] for words in found]
             most = max(seen, key=seen.count)
             axes = show(figure, cells[row, k], image, left=name if k == 0 else "")
             for panel in [number for number in range(4) if seen[number] != most]:
@@ -128,14 +126,13 @@ FIGURES = {"world": draw_world, "result": draw_result, "agreement": draw_agreeme
 
 def main():
     parser = dsd.Parser(__doc__, dsd.MINIATURE / "pictures")
-    parser.add_argument("figure", choices=FIGURES)
-    parser.add_argument("--model", default=dsd.MINIATURE / "flux", help="the teacher")
-    parser.add_argument(
-        "--adapter", type=Path, default=dsd.MINIATURE / "adapter", help="result: DSD"
-    )
+    add = parser.add_argument
+    add("figure", choices=FIGURES)
+    add("--model", default=dsd.MINIATURE / "flux", help="the teacher")
+    add("--adapter", type=Path, default=dsd.MINIATURE / "adapter", help="result: DSD")
     about = "result: numbers of the pictures in miniature/references, in the order of their names"
-    parser.add_argument("--chosen", type=int, nargs="+", default=[0, 2, 5, 7], help=about)
-    parser.add_argument("--seed", type=int, default=0, help="of critters and noise")
+    add("--chosen", type=int, nargs="+", default=[0, 2, 5, 7], help=about)
+    add("--seed", type=int, default=0, help="of critters and noise")
     sample.add_drawing_options(parser)
     args = parser.parse("sample")
     with torch.inference_mode():

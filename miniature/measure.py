@@ -18,7 +18,6 @@ import dsd
 
 import argparse
 import itertools
-import re
 import time
 from pathlib import Path
 
@@ -237,23 +236,11 @@ def other_answers(vlm, pairs, rows, generator, args):
 
 
 def verdicts(answers, identities):
-    """Shares of right verdicts, in all and by attribute. identities (N, 2, N_IDENTITY)."""
+    """Shares of right verdicts. identities (N, 2, N_IDENTITY)."""
     differs = identities[:, 0] != identities[:, 1]  # (N, N_IDENTITY)
     no = torch.tensor([curate.parse(answer)[0] == "no" for answer in answers])
     yes = torch.tensor([curate.parse(answer)[0] == "yes" for answer in answers])
     negative = differs.any(1)
-    table = {}
-    for k, (name, part) in enumerate(zip(world.IDENTITY, vlm_data.PARTS)):
-        said = re.compile(rf"{part} \S+ \S+ different")  # the line "compare" says so
-        named = torch.tensor([bool(said.search(answer)) for answer in answers])
-        only = differs[:, k] & (differs.sum(1) == 1)
-        table[name] = {
-            "pairs_differ": int(differs[:, k].sum()),
-            "difference_seen": share(named[differs[:, k]]),
-            "pairs_only": int(only.sum()),
-            "verdict_no_only": share(no[only]),
-            "false_alarm": share(named[~differs[:, k]]),
-        }
     return {
         "pairs": len(answers),
         "right": share(torch.where(negative, no, yes)),
@@ -261,7 +248,6 @@ def verdicts(answers, identities):
         "right_no": share(no[negative]),
         "unparsable": share(~(yes | no)),
         "accepted_that_are_same": share(~negative[yes]),
-        "by_attribute": table,
     }
 
 

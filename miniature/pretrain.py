@@ -296,9 +296,8 @@ class Teacher(torch.nn.Module):
         t5_ids = torch.where(drop, null_t5, sheets.t5_ids[index]).to(device)
         x_0 = sheets.latents[index.to(device)].float()  # (n, N, 64)
         seed = int(torch.randint(2**62, (), generator=generator))
-        eps = torch.randn(
-            x_0.shape, generator=torch.Generator(device).manual_seed(seed), device=device
-        )
+        own = torch.Generator(device).manual_seed(seed)
+        eps = torch.randn(x_0.shape, generator=own, device=device)
         sigma = dsd.sample_sigmas(n, models.SHIFT, generator)
         ahead = draw_ahead(sheets.panel, n, args.ahead, generator).to(device)  # (n, N)
         less = (sigma * (1 + torch.rand(n, generator=generator)) / 2).to(device)
@@ -441,10 +440,7 @@ def answering_loss(net, pool, n, generator):
     """Of the answers about n pairs and n single panels, and of what comes before an answer: to see,
     and to compare."""
     pairs = vlm_data.draw_pairs(pool.attributes, n, generator).view(n * 2, 2)
-    single = [
-        torch.randint(len(pool.images), (n,), generator=generator),
-        torch.randint(6, (n,), generator=generator),
-    ]
+    single = [torch.randint(k, (n,), generator=generator) for k in (len(pool.images), 6)]
     group, panel = torch.cat([pairs, torch.stack(single, 1)]).unbind(1)
     attributes = pool.attributes[group, panel]
     kind = torch.rand(2, n, generator=generator)
@@ -615,9 +611,8 @@ def parse_args():
     alone = "by itself, first; if not given, {}, or 0 with --start"
     add("--done", type=int, default=0, help="steps of --steps that --start has learned already")
     add("--sight_steps", type=int, help=f"vlm: steps of the vision tower {alone.format(3000)}")
-    add(
-        "--word_steps", type=int, help=f"vlm, flux: steps of the language model {alone.format(600)}"
-    )
+    words = f"vlm, flux: steps of the language model {alone.format(600)}"
+    add("--word_steps", type=int, help=words)
     add("--compile", action="store_true", help="flux: compile the blocks (a step costs less)")
     add("--out", type=Path, default=dsd.MINIATURE, help="folder of the models' folders")
     device = "cuda" if torch.cuda.is_available() else "cpu"

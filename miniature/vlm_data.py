@@ -217,12 +217,10 @@ def prompt_lesson(row, other):
 def vlm_words():
     """Every word that the VLM reads and writes, sorted; the poses' words, which came last, stand
     at the end."""
-    texts = [
-        text
-        for module in (curate, exams)
-        for name, text in vars(module).items()
-        if name.endswith("_QUESTION")
-    ]
+    texts = []
+    for name, text in (vars(curate) | vars(exams)).items():
+        if name.endswith("_QUESTION"):
+            texts.append(text)
     standing = [[i] * (len(world.COLUMN) - 1) + [0] for i in range(4)]
     for row in standing[:2]:
         texts += [pair_lesson(standing[0], row, kind)[1] for kind in (0, 0.8, 0.9)]
@@ -245,9 +243,8 @@ class Lessons(torch.nn.Module):
         self.vlm, self.tokenizer = vlm, processor.tokenizer
         self.sizes = [len(values) for values in VALUES]
         width = vlm.config.vision_config.hidden_size
-        self.heads = torch.nn.Sequential(
-            torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes))
-        )
+        read = torch.nn.Linear(width, sum(self.sizes))
+        self.heads = torch.nn.Sequential(torch.nn.LayerNorm(width), read)
         dull = "subject image shape ears colour scene outfit light pose compare verdict score"
         weights = {  # of words in the loss
             f"{dull} a the : , . \n": 0.2,
