@@ -172,7 +172,7 @@ def decode(pipe, tokens, h, w):
 
 # ---- critters whose truth is known -------------------------------------------------------------
 def critter(number, scene="in the meadow", accessory="", light="at noon", pose=""):
-    """The rendered picture of identity `number`, and its attributes (7,). No pose: it stands."""
+    """The rendered picture of identity `number`, and its attributes (6,). No pose: it stands."""
     context = []
     for values, word in zip(world.CONTEXT.values(), (scene, accessory, light)):
         known = ", ".join(filter(None, values))
