@@ -4,9 +4,10 @@
     python -m miniature.ablations --rows ablation  # only some rows, by their names or groups
 
 An ablation is trained by finetune.py at the miniature's settings, but for what its name says, on
-the pairs of curate.py (--pairs); "DSD, nothing left out" is the row to compare it with. Without
-agreement guidance twice as many grids are drawn, at the text guidance that is best without it: the
-first half, or as many pairs as --pairs holds (if there are so many).
+the pairs of curate.py (--pairs); "DSD, nothing left out" is the row to compare it with. For "no
+negative prompt" twice as many grids are drawn as --grids holds, guided against the empty prompt in
+place of the opposite: the row learns from the first half of them, or from as many pairs as --pairs
+holds (if there are so many).
 
 Two rivals learn from the same pairs, as many steps: the paper's comparisons in small. The teacher
 stays frozen. Both draw one frame and get the reference as DSD's --frames 1 does, x and condition
@@ -55,8 +56,8 @@ TUNING = {50: 5e-4, 200: 5e-4}  # of DreamBooth-LoRA: steps -> learning rate, th
 ABLATIONS = {  # name -> the pairs it learns from, finetune.py's flags
     "nothing left out": ("curated", []),
     "no curation, as many pairs": ("by lot", []),
-    "no agreement guidance, as many grids": ("as many grids", []),
-    "no agreement guidance, as many pairs": ("as many pairs", []),
+    "no negative prompt, as many grids": ("as many grids", []),
+    "no negative prompt, as many pairs": ("as many pairs", []),
     "no identity frame in the loss": ("curated", ["--frame_weights", 0, 1]),
     "both frames weigh the same": ("curated", ["--frame_weights", 1, 1]),
     "clean reference tokens (not the paper's)": ("curated", ["--clean_reference"]),
@@ -87,11 +88,10 @@ def pairs_for(which, args):
         source = work / "uncurated_pairs"
         run_curation(args.grids, source, args, "--tolerance", 99)
     if which in ("as many grids", "as many pairs"):
-        source, grids = work / "pairs_without_agreement", work / "grids_without_agreement"
+        source, grids = work / "pairs_without_negative", work / "grids_without_negative"
         n = len(dsd.read_records(args.grids / "grids.jsonl"))
-        guidance = "--agreement", 0, "--true_cfg_scale", evaluate.prompt_guidance(args.model)
         how = "--model", args.model, "--device", args.device, "--count", 2 * n, "--out", grids
-        run_script("generate_grids.py", *guidance, *how)
+        run_script("generate_grids.py", *how, "--no-negative")
         run_curation(grids, source, args)
     records = dsd.read_records(source / "metadata.jsonl")
     if which == "by lot":  # any pairs at all; the first ones come from fewer grids

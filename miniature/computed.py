@@ -299,18 +299,14 @@ class Recipe:
         return max(made, *(weights[part] + needs[part] for part in weights))
 
     def grids(self):
-        """With text guidance a step has a second pass, with agreement guidance one of the panels
-        alone."""
+        """With text guidance each step has a second pass."""
         args, size = self.args, 2 * self.args.panel
         text, picture = self.encode_text(1, 512), self.decode(1, size, size)
-        joint = measure(lambda: self.run(self.teacher, 1, size, size, 512))
-        alone = measure(lambda: self.run(self.teacher, 4, args.panel, args.panel, 512))
-        passes = [joint] * (2 if args.true_cfg_scale > 1 else 1) + [alone] * (args.agreement > 0)
-        peak = max(one.peak for one in passes) + self.unpacked
-        needs = {"text": text.peak, "transformer": peak, "vae": picture.peak}
-        operations = args.grid_steps * sum(one.operations for one in passes)
-        operations += text.operations + picture.operations
-        seconds = args.count * self.seconds(operations, len(passes) * args.grid_steps)
+        one = measure(lambda: self.run(self.teacher, 1, size, size, 512))
+        passes = args.grid_steps * (2 if args.true_cfg_scale > 1 else 1)
+        needs = {"text": text.peak, "transformer": one.peak + self.unpacked, "vae": picture.peak}
+        operations = passes * one.operations + text.operations + picture.operations
+        seconds = args.count * self.seconds(operations, passes)
         tokens, disk = (size // self.side) ** 2 + 512, args.count * PNG_BYTES * size**2
         alive = self.place(self.weights, needs)
         return self.row("1 generate_grids.py", args.count, tokens, alive, seconds, disk)
@@ -437,7 +433,6 @@ def parse_args(given=None):
         add(f"--{name}", type=dsd.at_least(1), default=default, help="as in the scripts")
     add("--vlm_billions", type=amount, default=8.3, help="Qwen2.5-VL-7B has 8.3, -3B 3.8")
     add("--true_cfg_scale", type=amount, default=1.0, help="of step 1")
-    add("--agreement", type=amount, default=0.0, help="of step 1")
     add("--image_guidance", type=amount, default=1.0, help="of validation and of step 4")
     add("--text_guidance", type=amount, default=1.0, help="of validation and of step 4")
     recipe = parser.parse_known_args(given)[0].recipe

@@ -207,10 +207,8 @@ def flux_settings():
             "steps": 20,
             "panel": PANEL,
             "guidance_scale": 1.0,
-            "true_cfg_scale": 1.5,
-            "negative": False,
-            "agreement": 1.0,
-            "panel_tokens": TOKENS[1, 1],
+            "true_cfg_scale": 3.0,
+            "negative": True,
             "grammar": grammar(),
         },
         "finetune": {

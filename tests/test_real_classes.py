@@ -343,10 +343,9 @@ def test_the_rows_follow_from_the_options(dev):
         assert row["fits"] == ("NO" if name == "2 curate.py" else "yes") and row["peak GB"] >= 3.4
     assert plain["1 generate_grids.py"]["pictures"] == 10 and plain["encoding"]["pictures"] == 42
     assert plain["training"]["tokens a pass"] == 2 * 4 * 4 + 64
-    large = *small, "--count", 10**8, "--agreement"
-    plain, agreeing = (rows(*large, b)["1 generate_grids.py"] for b in (0, 1))
-    # small images, but each with a prompt of its own
-    assert 1.3 < agreeing["hours"] / plain["hours"] < 5
+    large = *small, "--count", 10**8, "--true_cfg_scale"
+    plain, guided = (rows(*large, scale)["1 generate_grids.py"] for scale in (1, 3))
+    assert 1.5 < guided["hours"] / plain["hours"] < 2
     guidance = "--image_guidance", 1.5, "--text_guidance", 2
     guided = rows(*small, "--prompt_tokens", 64, *guidance)
     assert guided["validation"]["tokens a pass"] == 3 * (32 + 64)
