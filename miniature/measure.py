@@ -6,10 +6,10 @@ identities, but for the teacher's grids, in which it chooses the critters itself
 vae      how well panels survive encoding and decoding, in dB
 judge    share of right answers for each attribute of a rendered panel
 vlm      verdicts on rendered pairs, asked by curate.py's own code in its own words: half of the
-         pairs show one critter, half two that differ in one or two attributes; captions and scores
+         pairs show one critter, half two that differ in one or two attributes
 teacher  the grids that generate_grids.py drew (--grids), read by the judge: is the context as
-         asked, do panels show one critter; and is the VLM's verdict on two panels the judge's, and
-         a second judge's
+         asked, do panels of a grid show one critter, and grids different ones; and is the VLM's
+         verdict on two panels the judge's, and a second judge's
 seen     which critters the judge finds in the pairs of --pairs; written into --adapter, the folder
          of the adapter that was trained on them (seen.json): the evaluation leaves those out
 """
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ from miniature import exams, models, pretrain, vlm_data, world
 
 COLOUR, SECOND, POSE = (world.COLUMN[name] for name in ("colour", "second", "pose"))
 MOVES = ["same pose", "moved", "turned"]  # from one panel to the other, see world.move
+ASKED = dict(list(world.IDENTITY.items())[: world.NAMED])  # what prompts tell
+ASKED |= world.CONTEXT | {"pose": list(world.POSES)}
 
 
 def share(truths):
@@ -88,12 +91,15 @@ def measure_judge(args):
 
 # ---- the teacher ---------------------------------------------------------------------------------
 def asked_for(prompt):
-    """What a panel's prompt asks for, by number: {attribute: number}, as far as it tells."""
-    words = prompt.split()[1 : 1 + world.NAMED]  # "a round horned critter ..."
-    asked = {name: world.IDENTITY[name].index(word) for name, word in zip(world.IDENTITY, words)}
-    for name, values in (world.CONTEXT | {"pose": list(world.POSES)}).items():
-        told = [k for k, value in enumerate(values) if value and f" {value} " in f"{prompt} "]
-        asked[name] = told[0] if told else values.index("")
+    """What a grid's prompt asks for in each panel, by number: a list of {attribute: number}."""
+    head, panels = prompt.split(": ")
+    asked = []
+    for panel in panels.split(", "):
+        text, numbers = f" {head} {panel} ", {}
+        for name, values in ASKED.items():
+            told = [k for k, value in enumerate(values) if value and f" {value} " in text]
+            numbers[name] = told[0] if told else values.index("")
+        asked.append(numbers)
     return asked
 
 
@@ -109,17 +115,41 @@ def agreement(equal):
     }
 
 
+def variety(critters):
+    """How much critters (grids, panels, N_IDENTITY) of different grids differ, since guidance
+    narrows what is drawn.
+
+    values: how many of each attribute are shown, as the exponential of the entropy. equal: the
+    share of attributes that are equal in two panels of different grids; by_chance: that share if
+    the panels showed any critters of the world."""
+    grids, panels, attributes = critters.shape
+    values, equal, by_chance = {}, 0, 0
+    for k, (name, known) in enumerate(world.IDENTITY.items()):
+        shown = F.one_hot(critters[..., k], len(known)).sum(1).double()  # (grids, values): panels
+        shares = shown.mean(0) / panels
+        values[name] = round(torch.special.entr(shares).sum().exp().item(), 2)
+        equal += (shown.sum(0).square().sum() - shown.square().sum()).item()
+        by_chance += 1 / len(known)
+    pairs = grids * (grids - 1) * panels**2  # of panels of different grids
+    return {
+        "values": values,
+        "equal": round(equal / max(pairs, 1) / attributes, 4),
+        "by_chance": round(by_chance / attributes, 4),
+    }
+
+
 def measure_teacher(args):
     grids = dsd.read_records(args.grids / "grids.jsonl", "file")[: args.count]
     panels = [dsd.cut_grid(dsd.open_image(args.grids / grid["file"])) for grid in grids]
     judge = exams.Judge(args.judge)
     seen = seen_by(judge, [panel for four in panels for panel in four]).view(len(grids), 4, -1)
-    asked = [[asked_for(prompt) for prompt in grid["panel_prompts"]] for grid in grids]
+    asked = [asked_for(grid["prompt"]) for grid in grids]
     result = {"grids": len(grids), "as_asked": {}}
-    for name in asked[0][0]:
+    for name in ASKED:
         numbers = torch.tensor([[panel[name] for panel in four] for four in asked])
         result["as_asked"][name] = share(seen[..., world.COLUMN[name]] == numbers)
 
+    result["variety"] = variety(identity(seen))
     pairs = list(itertools.combinations(range(4), 2))
     left, right = (identity(seen[:, [pair[side] for pair in pairs]]) for side in (0, 1))
     equal = (left == right).flatten(0, 1)  # (grids * 6, N_IDENTITY)
@@ -206,33 +236,7 @@ def measure_vlm(args):
         some = [k for k, move in enumerate(moves) if move == name]
         right = verdicts([answers[k] for k in some], identity(attributes[some]))
         result[name] = {key: right[key] for key in ("pairs", "right", "right_yes", "right_no")}
-    result |= other_answers(vlm, pairs[:200], attributes[:200].tolist(), generator, args)
     return result | {"pairs_per_second": args.count / seconds}
-
-
-def other_answers(vlm, pairs, rows, generator, args):
-    """Shares of exactly right captions, details, instructions and scores."""
-    panels = [[a] for a, b in pairs]
-    prompts = [vlm_data.panel_lesson(a, 1.0, generator) for a, b in rows]  # right in part
-    likeness = [vlm_data.pair_lesson(a, b, 1.0) for a, b in rows]
-    exact = {  # question(s), what they are about, the true answers
-        "descriptions": (curate.DESCRIBE_QUESTION, panels, [vlm_data.caption(a) for a, b in rows]),
-        "details": (curate.DETAILS_QUESTION, panels, [world.details(a) for a, b in rows]),
-        "instructions": (
-            curate.INSTRUCTION_QUESTION,
-            pairs,
-            [vlm_data.instruction(a, b) for a, b in rows],
-        ),
-        "subject_scores": (exams.SUBJECT_SCORE_QUESTION, pairs, [said for _, said in likeness]),
-        "prompt_scores": ([asked for asked, _ in prompts], panels, [said for _, said in prompts]),
-    }
-    result = {}
-    for name, (question, cases, truth) in exact.items():
-        answers = curate.ask(*vlm, cases, question, args.batch_size, 200)
-        if name.endswith("scores"):
-            answers, truth = map(exams.parse_score, answers), map(exams.parse_score, truth)
-        result[f"{name}_exact"] = sum(a == b for a, b in zip(answers, truth)) / len(rows)
-    return result
 
 
 def verdicts(answers, identities):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import generate_grids
-from miniature import models, pretrain, vlm_data, world
+from miniature import measure, models, pretrain, vlm_data, world
 
 ALL = torch.arange(world.N_IDENTITIES)
 SIZES = [len(values) for values in world.IDENTITY.values()]
@@ -238,31 +238,34 @@ def test_captions_and_sample_prompts_are_read_whole_and_no_word_but_zebra_is_unk
     assert tokenizers[0].unk_token_id in tokenizers[0]("a zebra").input_ids
 
 
-@pytest.mark.parametrize("relight", [False, True])
-def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenizers, relight):
-    known, texts, family = {}, [], "relight" if relight else "subject"
-    for noun, context, pose in itertools.product(NOUNS, CONTEXTS, range(len(world.POSES))):
-        prompt = world.panel_caption(NOUNS[noun], context, pose=pose)
-        if relight:  # the light is told last: "in the snow with a hat at noon"
-            light = world.CONTEXT["light"][context[world.LIGHT]]
-            prompt = f"a {noun} {world.setting(context, False, pose)} {light}"
-        known[prompt] = noun, context, pose
+@pytest.mark.parametrize("family", ["subject", "relight"])
+def test_prompts_of_generate_grids_are_those_the_teacher_was_trained_on(tokenizers, family):
     grammar = models.flux_settings()["generate_grids"]["grammar"]
+    texts, relight = [], family == "relight"
     for seed in range(200):
         grid = generate_grids.grammar_prompt(grammar, [family], seed)
-        panels = [known[prompt] for prompt in grid["panel_prompts"]]
-        assert {noun for noun, _, _ in panels} == {grid["subject"]} and grid["family"] == family
-        contexts, poses = [context for _, context, _ in panels], [pose for _, _, pose in panels]
-        identity = NOUNS[grid["subject"]]
+        asked = measure.asked_for(grid["prompt"])
+        contexts = [[panel[name] for name in world.CONTEXT] for panel in asked]
+        poses, identity = [panel["pose"] for panel in asked], NOUNS[grid["subject"]]
         caption = world.sheet_caption(identity, contexts, relight=relight, poses=poses)
-        assert grid["prompt"] == caption
+        assert grid["prompt"] == caption and grid["family"] == family
+        assert all(panel["shape"] == identity[0] for panel in asked)
+        assert all(panel["ears"] == identity[1] for panel in asked)
         if relight:
             scenes, accessories, lights = (set(column) for column in zip(*contexts))
             assert len(lights) == 4
             assert len(scenes) == len(accessories) == len(set(poses)) == 1
-        texts += [grid["prompt"], *grid["panel_prompts"]]
-    assert len(set(texts)) > 500
+        texts.append(caption)
+    assert len(set(texts)) > 150
     check_tokens(tokenizers, texts)
+
+
+def test_variety_is_how_many_values_are_shown_and_how_alike_different_grids_are():
+    critters = torch.zeros(2, 4, N, dtype=torch.long)
+    critters[1, :, world.COLUMN["colour"]] = 3
+    found = measure.variety(critters)
+    assert found["values"] == dict.fromkeys(world.IDENTITY, 1.0) | {"colour": 2.0}
+    assert found["equal"] == round(5 / 6, 4) and found["by_chance"] == 0.1833
 
 
 # ---- how the models are made ---------------------------------------------------------------------
