@@ -64,6 +64,12 @@ def answered(*answers):
     )
 
 
+def returned(**results):
+    """Stop a check whose function forgot to return: `returned(euler=what_it_returned)`."""
+    for name, result in results.items():
+        assert result is not None, f"{name} returns nothing: its last line is `return ...`"
+
+
 # ---- the scripts -------------------------------------------------------------------------------
 @contextmanager
 def command_line(line):
