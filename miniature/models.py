@@ -202,7 +202,7 @@ def flux_settings():
             "true_cfg_scale": 3.0,
         },
         "generate_grids": {
-            "count": 240,
+            "count": 400,
             "batch_size": 16,
             "steps": 20,
             "panel": PANEL,
