@@ -7,11 +7,9 @@
 
 The four panels of a grid are one image whose tokens attend to one another, so an unmodified
 text-to-image model draws the same subject in all of them. Which panels really agree is the question
-of the next step, curate.py. Two options make more of them agree (our choice, not the paper's):
---agreement 1  Push every step away from the panels drawn alone. This needs no words, but a third
-               pass, of four small images: FLUX.1-dev, which has no second, takes twice as long.
---negative     Guide away from the prompt of four different subjects, not from the empty one. This
-               costs nothing beside --true_cfg_scale, but the teacher must know the words.
+of the next step, curate.py. One option makes more of them agree (our choice, not the paper's):
+--negative guides away from the prompt of four different subjects, in place of the empty prompt. It
+costs nothing beside --true_cfg_scale, but the teacher must know the words.
 A model distilled to a few steps (FLUX.1-schnell, --steps 4) serves here only; training ruins it.
 
 Writes to --out: a PNG for each grid, `grids.jsonl` (a line for each grid: file, prompt, subject,
@@ -22,8 +20,6 @@ is missing; with a larger --count it adds grids to those that are there.
 import dsd
 
 import argparse
-import collections
-import functools
 import json
 import random
 import re
@@ -80,7 +76,6 @@ most 15 words and does not repeat the subject. For example:
 {{"subject": "a clockwork owl with copper wings", "settings": ["on a snowy roof at dawn", \
 "in a flower market", "beside a campfire by night", "on the deck of a ship"]}}"""
 ANSWER_TOKENS = 2000  # room for a model that thinks first; others stop long before
-Layout = collections.namedtuple("Layout", "rows columns h w")  # panels of h x w latent pixels
 LINE = "subject | setting | setting | setting | setting"  # of a file with prompts
 
 
@@ -88,9 +83,10 @@ LINE = "subject | setting | setting | setting | setting"  # of a file with promp
 def read_grammar(args):
     """The grammar of the model's folder, or the one above."""
     grammar = dsd.folder_settings(args.model, "generate_grids").get("grammar", GRAMMAR)
-    if args.negative and (args.true_cfg_scale == 1 or not grammar.get("opposites")):
-        needs = "--true_cfg_scale above 1, and opposites in the grammar"
-        raise dsd.DsdError(f"--negative needs {needs}")
+    if args.negative and args.true_cfg_scale == 1:
+        raise dsd.DsdError("--negative needs --true_cfg_scale above 1; or give --no-negative")
+    if args.negative and not grammar.get("opposites"):
+        raise dsd.DsdError("--negative: this model's grammar has no opposites; give --no-negative")
     return grammar
 
 
@@ -104,7 +100,6 @@ def grid_prompt(grammar, family, subject, scene, settings):
     return {
         "prompt": grammar[family].format(**parts),
         "opposite": opposite and opposite.format(**parts),
-        "panel_prompts": [" ".join(filter(None, (subject, scene, text))) for text in settings],
         "subject": name,
         "family": family,
         "rows": 2,
@@ -225,78 +220,16 @@ def plan(args, grammar, listed):
     return grids
 
 
-# ---- agreement guidance (our choice) -------------------------------------------------------------
-def panel_order(layout):
-    """Where the tokens of a grid are, panel after panel in reading order: indices (N,)."""
-    rows, columns, h, w = layout
-    places = torch.arange(rows * h // 2 * columns * w // 2)
-    return places.view(rows, h // 2, columns, w // 2).transpose(1, 2).flatten()
-
-
-def agreement_velocity(model, x, text, null_text, panel_text, layout, a, b):
-    """The velocity at x (B, N, 64), pushed towards the prompt and towards panels that agree:
-    v = v_joint + a (v_joint - v_null) + b (v_joint - v_alone).
-
-    Panels agree because they attend to one another; in v_alone they cannot: each is an image of its
-    own, with its own prompt and positions from 0. So the last term is classifier-free guidance with
-    "the other panels" as the condition (our choice). a = true_cfg_scale - 1 in stock pipelines.
-
-    model(x, text, h, w) -> v, for images of h x w latent pixels; text, null_text: tensors with B
-    rows; panel_text: with a row for each panel. A pass of weight 0 is left out."""
-    rows, columns, h, w = layout
-    v_joint = model(x, text, rows * h, columns * w)
-    v = v_joint
-    if a > 0:
-        v_null = model(x, null_text, rows * h, columns * w)
-        v = v + a * (v_joint - v_null)
-    if b > 0:
-        order = panel_order(layout).to(x.device)
-        panels = x[:, order].unflatten(1, (rows * columns, -1)).flatten(0, 1)  # (B P, N / P, 64)
-        v_alone = model(panels, panel_text, h, w).reshape(x.shape)[:, order.argsort()]
-        v = v + b * (v_joint - v_alone)
-    return v
-
-
+# ---- drawing -------------------------------------------------------------------------------------
 def negative_prompts(grids, args):
     """What text guidance pushes away from."""
     return [grid["opposite"] if args.negative else "" for grid in grids]
 
 
-@torch.no_grad()
-def draw_agreeing_grids(pipe, grids, generators, args):
-    """The stock pipeline's sampler with the velocity of agreement guidance: a list of images."""
-    rows, columns, factor = grids[0]["rows"], grids[0]["columns"], pipe.vae_scale_factor
-    layout = Layout(rows, columns, args.height // factor, args.width // factor)
-    panel_prompts = [prompt for grid in grids for prompt in grid["panel_prompts"]]
-    text = dsd.encode_prompts(pipe, [grid["prompt"] for grid in grids])
-    null_text = dsd.encode_prompts(pipe, negative_prompts(grids, args))
-    panel_text = dsd.encode_prompts(pipe, panel_prompts, args.panel_tokens)
-    size = rows * args.height, columns * args.width
-    channels, dtype, device = pipe.vae.config.latent_channels, text[0].dtype, text[0].device
-    x, _ = pipe.prepare_latents(len(grids), channels, *size, dtype, device, generators)
-
-    def predict(t, x, text, h, w):
-        sigma = t.expand(len(x)).to(x.dtype) / 1000  # cast first, as stock pipelines do
-        ids = dsd.position_ids(h, w).to(x)
-        return dsd.run_transformer(pipe.transformer, x, sigma, text, ids, args.guidance_scale)
-
-    a, b = args.true_cfg_scale - 1, args.agreement
-    for t in dsd.start_schedule(pipe, args.steps, tokens=x.shape[1]):  # t = 1000 sigma
-        model = functools.partial(predict, t)
-        v = agreement_velocity(model, x, text, null_text, panel_text, layout, a, b)
-        x = pipe.scheduler.step(v, t, x, return_dict=False)[0]  # Euler: x + (sigma_next - sigma) v
-    images = dsd.decode_images(pipe, x, rows * layout.h, columns * layout.w)
-    pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
-    return images
-
-
-# ---- drawing -------------------------------------------------------------------------------------
 def draw_grids(pipe, grids, args):
-    """A batch of grids, a list of images: by the stock pipeline or, with --agreement, by our loop.
-    Each has its own generator, so that the batch size changes it by rounding only."""
+    """A batch of grids by the stock pipeline, a list of images. Each grid has its own generator, so
+    that the batch size changes it by rounding only."""
     generators = [torch.Generator("cpu").manual_seed(grid["seed"]) for grid in grids]
-    if args.agreement > 0:
-        return draw_agreeing_grids(pipe, grids, generators, args)
     pixels = pipe(
         [grid["prompt"] for grid in grids],
         negative_prompt=negative_prompts(grids, args),
@@ -332,8 +265,6 @@ def parse_args():
     add("--guidance_scale", type=real, default=3.5, help="distilled guidance, if the model has it")
     add("--true_cfg_scale", type=at_least(1, float), default=1.0, help="prompt guidance; 1 is off")
     add("--negative", action=argparse.BooleanOptionalAction, default=False, help="see above")
-    add("--agreement", type=real, default=0.0, help="see above; 1 is usual, 0 is off")
-    add("--panel_tokens", type=whole, help="T5 tokens of a panel drawn alone, if not a grid's")
     add("--seed", type=at_least(0), default=0, help="random seed of prompts and noise")
     add("--offload", choices=["none", "model"], default="none", help="model: idle parts wait")
     lines = {"count": None} if parser.peek("prompts") else {}  # all lines of the file

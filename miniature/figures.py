@@ -176,7 +176,6 @@ def draw_agreement(args, count=6):
     """The first grids of generate_grids.py's family "subject", each from one noise three times."""
     settings = argparse.Namespace(**dsd.folder_settings(args.model, "generate_grids"))
     settings.width = settings.height = settings.panel
-    settings.agreement = 0.0
     grids = []
     for seed in range(args.seed, args.seed + count):
         grid = generate_grids.grammar_prompt(settings.grammar, ["subject"], seed)

@@ -172,7 +172,7 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
     ("curate", "--grids empty", "run generate_grids.py first"),
     ("finetune", "--pairs empty", "no pairs in empty; run curate.py first"),
     ("finetune", "--pairs odd", "36 x 36 pixels ... multiples of 8"),
-    ("generate_grids", "--negative --true_cfg_scale 1", "--negative needs --true_cfg_scale"),
+    ("generate_grids", "--true_cfg_scale 1", "--negative needs ... --no-negative"),
     ("generate_grids", "--panel 33", "33 x 33 pixels ... multiples of 8"),
     ("sample", "--width 35", "35 ... multiples of 8"),
     ("finetune", "--frame_weights 0 0", "--frame_weights"),
@@ -185,7 +185,7 @@ COMMANDS = [  # scripts, what is changed in their usual command, words that the 
 ]
 VALUES = {  # script -> options with values that are each refused, in a line that names the option
     "generate_grids": "--steps=0 --steps=-3 --steps=1.5 --steps=many --count=0 --seed=-1 --step=3 "
-    "--guidance_scale=nan --guidance_scale=-1 --agreement=-1 --agreement=inf --panel_tokens=0 "
+    "--guidance_scale=nan --guidance_scale=-1 "
     "--family=twins --color=red --device=cuda "
     f"--seed={10**30}",
     "curate": "--batch_size=0 --tolerance=-1 --caption=poem --max_new_tokens=0 --device=cuda",
@@ -287,7 +287,7 @@ BROKEN = [
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": "a"}}', "--panel ... a"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": {"panel": [32]}}', "dsd.json"),
     ("generate_grids", "flux/dsd.json", b'{"generate_grids": [1]}', "flux/dsd.json"),
-    ("generate_grids", "flux/dsd.json", grammar(opposites={}), "--negative needs ... opposites"),
+    ("generate_grids", "flux/dsd.json", grammar(opposites={}), "--negative ... no opposites"),
     ("curate", "vlm/model.safetensors", None, "vlm as a vision-language model"),
     ("curate", "vlm/model.safetensors", BOMB, "vlm as a vision-language model"),
     ("curate", "vlm/chat_template.jinja", None, "vlm as a vision-language model"),

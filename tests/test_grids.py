@@ -7,12 +7,10 @@ import threading
 
 import pytest
 import torch
-from conftest import difference, noise_image, pictures
+from conftest import difference, noise_image
 from diffusers import FluxPipeline
 
 import generate_grids
-
-TINY = "--count 2 --steps 2 --batch_size 2"
 
 
 @pytest.fixture(params=["flux", "dev", "schnell"])
@@ -20,64 +18,9 @@ def teacher(request):
     return request.getfixturevalue(request.param)
 
 
-# ---- agreement guidance --------------------------------------------------------------------------
-@pytest.mark.parametrize("rows, columns, height, width", [(2, 2, 32, 32), (3, 1, 16, 48)])
-def test_panels_cut_from_tokens_are_those_cut_from_the_image(rows, columns, height, width):
-    image = noise_image(columns * width, rows * height)
-    panels = [dsd.to_pixels([panel]) for panel in dsd.cut_grid(image, rows, columns)]
-    layout = generate_grids.Layout(rows, columns, height, width)
-    grid = dsd.pack(dsd.to_pixels([image, image]))
-    cut = grid[:, generate_grids.panel_order(layout)]
-    assert torch.equal(cut[1], torch.cat([dsd.pack(panel) for panel in panels], 1)[0])
-
-
-@pytest.mark.parametrize("a, b, passes", [(0, 0, 1), (2, 0, 2), (0, 1, 2), (2, 1, 3)])
-def test_the_velocity_is_the_formula_and_needs_no_more_passes(a, b, passes):
-    layout, seen = generate_grids.Layout(2, 1, 4, 6), []
-    x = torch.randn(1, 12, 64)
-
-    def model(x, text, h, w):
-        seen.append((text, tuple(x.shape), h, w))
-        return {"joint": 3 * x, "null": x + 1, "alone": 2 * x - 1}[text]
-
-    v = generate_grids.agreement_velocity(model, x, "joint", "null", "alone", layout, a, b)
-    wanted = 3 * x + a * (3 * x - (x + 1)) + b * (3 * x - (2 * x - 1))
-    torch.testing.assert_close(v, wanted)
-    assert len(seen) == passes and seen[0] == ("joint", (1, 12, 64), 8, 6)
-    assert b == 0 or seen[-1] == ("alone", (2, 6, 64), 4, 6)
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_without_agreement_the_loop_draws_the_stock_pipelines_grids(teacher, scale, monkeypatch):
-    options = (
-        f"--model {teacher} {TINY} --height 32 --width 48 --true_cfg_scale {scale} --agreement 0"
-    )
-    monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
-    args = generate_grids.parse_args()
-    grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
-    pipe = dsd.load_pipeline(FluxPipeline, teacher)
-    stock = generate_grids.draw_grids(pipe, grids, args)
-    assert stock[0].size == (96, 64)
-    generators = [torch.Generator().manual_seed(grid["seed"]) for grid in grids]
-    ours = generate_grids.draw_agreeing_grids(pipe, grids, generators, args)
-    assert difference(ours, stock) <= 1
-    args.agreement = 1.0
-    assert difference(generate_grids.draw_grids(pipe, grids, args), stock) > 1
-
-
-def test_agreement_changes_the_grids_and_is_part_of_a_runs_identity(run, refused, tmp_path):
-    out = ["--out", tmp_path / "grids"]
-    run(generate_grids, TINY, "--agreement 1", *out)
-    before = pictures(tmp_path / "grids")
-    assert "holds another run" in refused(generate_grids, TINY, "--agreement 0", *out)
-    run(generate_grids, TINY, "--agreement 1 --count 3", *out)
-    assert before.items() - pictures(tmp_path / "grids").items() == {
-        ("overview.png", before["overview.png"])
-    }
-
-
-def test_offloaded_pipelines_draw_the_same_agreeing_grids(dev, monkeypatch):
-    options = f"--model {dev} --count 2 --steps 2 --panel 32 --agreement 1"
+# ---- drawing -------------------------------------------------------------------------------------
+def test_offloaded_pipelines_draw_the_same_grids(dev, monkeypatch):
+    options = f"--model {dev} --count 2 --steps 2 --panel 32"
     monkeypatch.setattr("sys.argv", ["generate_grids.py", *options.split()])
     args, drawn = generate_grids.parse_args(), {}
     grids = generate_grids.plan(args, generate_grids.read_grammar(args), None)
@@ -101,7 +44,7 @@ def test_an_opposite_differs_from_the_prompt_in_its_opening_only(teacher, monkey
 
 def test_the_opposite_is_what_the_stock_pipeline_guides_against(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a tall critter | at noon | at sunset | in a cave | x\n")
-    draw = "--agreement 0 --steps 2 --true_cfg_scale 3 --prompts", tmp_path / "prompts.txt", "--out"
+    draw = "--steps 2 --true_cfg_scale 3 --prompts", tmp_path / "prompts.txt", "--out"
     for name, options in (("plain", "--no-negative"), ("against", "--negative")):
         run(generate_grids, *draw, tmp_path / name, options)
     (grid,) = dsd.read_records(tmp_path / "against" / "grids.jsonl")

@@ -26,7 +26,7 @@ if not hasattr(os, "fork"):
     pytest.skip("this system cannot fork processes", allow_module_level=True)
 
 COMMANDS = {  # {pairs} and {grids} are folders
-    "generate_grids": "--count 5 --steps 1 --batch_size 2 --agreement 1",
+    "generate_grids": "--count 5 --steps 1 --batch_size 2",
     "curate": "--grids {grids} --tolerance 9 --batch_size 12",
     "finetune": "--pairs {pairs} --steps 6 --rank 2 --batch_size 1 --save_every 2 "
     "--validate_every 3 --image_guidance 1 --text_guidance 1",

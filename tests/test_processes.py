@@ -51,10 +51,10 @@ def test_generate_grids_records_how_each_grid_was_drawn(chain):
     records = dsd.read_records(grids / "grids.jsonl")
     assert [r["file"] for r in records] == [f"{i:06d}.png" for i in range(6)]
     assert {Image.open(grids / r["file"]).size for r in records} == {(64, 64)}
-    names = "file prompt panel_prompts opposite subject family seed rows columns"
+    names = "file prompt opposite subject family seed rows columns"
     for r in records:
         assert set(r) == set(names.split())
-        assert r["family"] in ("subject", "relight") and len(r["panel_prompts"]) == 4
+        assert r["family"] in ("subject", "relight")
         assert r["prompt"].startswith("a grid of 4 images representing the same")
     assert len({r["seed"] for r in records}) == len({r["prompt"] for r in records}) == 6
 
