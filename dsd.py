@@ -400,8 +400,9 @@ def digest(*files, text=""):
 # ---- the adapter file --------------------------------------------------------------------------
 def save_adapter(transformer, folder, facts, dtype=torch.float32):
     """Write the adapter as FluxControlPipeline.load_lora_weights reads it, always the same bytes.
-    facts: what sampling must know, {name: number}: frames, clean_reference, size, prompt_tokens and
-    guidance. They join diffusers' metadata entry: safetensors has no fixed order for several."""
+    facts: what sampling must know, {name: number}: frames, clean_reference, size, prompt_tokens,
+    guidance, the model's edition. They join diffusers' metadata entry: safetensors has no fixed
+    order for several."""
     config = transformer.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
@@ -428,6 +429,17 @@ def adapter_facts(adapter):
         about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         paper = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
         return paper | about.get("dsd", {})
+
+
+def check_edition(model, adapter):
+    """Refuse an adapter that was trained on other weights than this model's. A folder whose weights
+    are exchanged from time to time numbers them: "edition" in its dsd.json."""
+    edition = folder_settings(model).get("edition")
+    trained_on = adapter_facts(adapter).get("edition")
+    whole = (adapter_file(adapter).parent / "transformer").is_dir()  # released layout: all weights
+    if trained_on != edition and not whole:
+        what = f"{adapter} was trained on edition {trained_on} of its model, and this is {edition}"
+        raise DsdError(f"{what}; train it again")
 
 
 def load_adapter(pipe, adapter):
@@ -499,6 +511,8 @@ def load_pipeline(
         parts["quantization_config"] = diffusers.PipelineQuantizationConfig(
             "bitsandbytes_4bit", NF4 | skipped, ["transformer", "text_encoder_2"]
         )
+    if adapter:
+        check_edition(model, adapter)
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
     pipe.set_progress_bar_config(disable=True)

@@ -209,6 +209,7 @@ def save_checkpoint(transformer, parameters, optimizer, log, args):
     """The adapter so far, which sample.py can use, and, last, all that is needed to resume."""
     dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float16  # 16 bits halve the file
     facts = {name: getattr(args, name) for name in (*FACTS, *SCALES)}
+    facts["edition"] = dsd.folder_settings(args.model).get("edition")
     dsd.save_adapter(transformer, args.out, facts, dtype)
     dsd.write_json(args.out / "log.jsonl", log)
     weights = [p.detach().cpu() for p in parameters]

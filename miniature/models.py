@@ -196,6 +196,7 @@ def grammar():
 def flux_settings():
     """What the scripts read from the model's folder (dsd.json): their settings, and the grammar."""
     return {
+        "edition": 3,  # of the world; an adapter of another one is refused
         "evaluate": {
             "panel_prompt_tokens": TOKENS[1, 1],
             "sheet_prompt_tokens": TOKENS[1, 2],

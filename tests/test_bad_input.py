@@ -63,7 +63,7 @@ GRID |= {"rows": 2, "columns": 2}
 def save_narrow_adapter(folder, rank=2):
     """An adapter for a smaller model than the miniature."""
     student = dsd.add_lora(dsd.widen(random_transformer()), rank)
-    dsd.save_adapter(give_random_weights(student), folder, {})
+    dsd.save_adapter(give_random_weights(student), folder, {"edition": 3})
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,12 @@ def cut(data):
 
 def tensors(change=lambda old: old, **metadata):
     """A function that changes a safetensors file. change: {name: tensor} -> {name: tensor}."""
-    return lambda data: save(change(load(data)), {"format": "pt", **metadata})
+
+    def changed(data):
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return save(change(load(data)), header.get("__metadata__", {}) | metadata)
+
+    return changed
 
 
 def facts(value):
@@ -298,6 +303,8 @@ BROKEN = [
     ("sample", f"adapter/{ADAPTER}", ONLY_LORA, "ordinary LoRA"),
     ("sample", f"adapter/{ADAPTER}", NOT_FINITE, "a picture is not finite"),
     ("sample", f"adapter/{ADAPTER}", facts([]), f"{ADAPTER} cannot be read"),
+    ("sample", f"adapter/{ADAPTER}", facts({}), "trained on edition None"),
+    ("sample", f"adapter/{ADAPTER}", facts({"edition": 2}), "trained on edition 2"),
     # records
     ("curate", "grids/grids.jsonl", b"", "grids/grids.jsonl: 0 of 0 grids"),
     ("curate", "grids/grids.jsonl", b"no JSON\n", "grids/grids.jsonl, line 1"),

@@ -517,7 +517,7 @@ def test_an_adapter_says_how_it_is_to_be_sampled_and_flags_go_first(copied, tmp_
     file = copied / "adapter" / dsd.ADAPTER_FILE
     with safe_open(file, "pt") as opened:
         config = json.loads(opened.metadata()["lora_adapter_metadata"])
-    config["dsd"] = {"frames": 1, "width": 48, "height": 32}
+    config["dsd"] |= {"frames": 1, "width": 48, "height": 32}
     config["dsd"] |= {"image_guidance": 1.25, "text_guidance": 1.75}
     save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(config)})
     (told,) = draw("--text_guidance 1 --prompt 'a critter'")
