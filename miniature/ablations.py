@@ -236,9 +236,8 @@ def draw_rival(pipe, cases, args, kind, folder):
 
 
 def fit_rival(rival, pairs, null_text, size, args):
-    """finetune.py's loop in its shortest form: no accumulation, no validation, one process. Returns
-    the log."""
-    parameters, log = list(rival.trained().values()), []
+    """finetune.py's loop in its shortest form: no accumulation, no validation, one process."""
+    parameters = list(rival.trained().values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     for step in tqdm(range(args.steps), desc="train"):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 64)
@@ -251,8 +250,6 @@ def fit_rival(rival, pairs, null_text, size, args):
         optimizer.param_groups[0]["lr"] = args.learning_rate * share
         optimizer.step()
         optimizer.zero_grad()
-        log.append({"step": step, "loss": loss.item()})
-    return log
 
 
 def rival_main():
@@ -268,13 +265,11 @@ def rival_main():
     finetune.encode_pairs(pipe, [*pairs, *held_out], args)
     rival = load_rival(kind, pipe.transformer, args)
     size = finetune.canvas_size(pipe, args)
-    log = fit_rival(rival.train(), pairs, dsd.encode_prompts(pipe, [""]), size, args)
-    dsd.write_json(args.out / "log.jsonl", log)
+    fit_rival(rival.train(), pairs, dsd.encode_prompts(pipe, [""]), size, args)
     weights = {name: p.detach().cpu() for name, p in rival.trained().items()}
     with dsd.writing(args.out / RIVAL_FILE) as part:
         save_file(weights, part)
-    millions = sum(weight.numel() for weight in weights.values()) / 1e6
-    print(f"{millions:.2f} million weights trained on {len(pairs)} pairs; see {args.out}")
+    print(f"trained on {len(pairs)} pairs; see {args.out}")
     lock.release()
 
 

@@ -26,7 +26,7 @@ import generate_grids
 import sample
 from miniature import exams, models, world
 
-SETTINGS = ["jumping in the snow at noon", "in the city at noon with a hat"]
+SETTINGS = ["lying down in the snow at noon", "in the city at noon with a hat"]
 SETTINGS += ["upside down on the beach at noon"]
 
 
@@ -92,7 +92,7 @@ def draw_result(args):
             title = textwrap.fill(setting.replace(" at noon", ""), 16) if top else ""
             show(figure, grid[row, 2 + k], alone[row * n + k], title)
             show(figure, grid[row, 3 + n + k], edited[row * n + k], title)
-    for x, text in ((0.37, "prompt alone"), (0.75, "prompt and reference")):
+    for x, text in ((0.37, "prompt alone (names shape and ears)"), (0.75, "prompt and reference")):
         figure.text(x, 0.985, text, ha="center", fontsize=13, weight="bold")
     save(figure, args)
 

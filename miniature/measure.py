@@ -18,7 +18,6 @@ import dsd
 
 import argparse
 import itertools
-import time
 from pathlib import Path
 
 import torch
@@ -120,22 +119,16 @@ def variety(critters):
     narrows what is drawn.
 
     values: how many of each attribute are shown, as the exponential of the entropy. equal: the
-    share of attributes that are equal in two panels of different grids; by_chance: that share if
-    the panels showed any critters of the world."""
+    share of attributes that are equal in two panels of different grids, 0.183 by chance."""
     grids, panels, attributes = critters.shape
-    values, equal, by_chance = {}, 0, 0
+    values, equal = {}, 0
     for k, (name, known) in enumerate(world.IDENTITY.items()):
         shown = F.one_hot(critters[..., k], len(known)).sum(1).double()  # (grids, values): panels
         shares = shown.mean(0) / panels
         values[name] = round(torch.special.entr(shares).sum().exp().item(), 2)
         equal += (shown.sum(0).square().sum() - shown.square().sum()).item()
-        by_chance += 1 / len(known)
     pairs = grids * (grids - 1) * panels**2  # of panels of different grids
-    return {
-        "values": values,
-        "equal": round(equal / max(pairs, 1) / attributes, 4),
-        "by_chance": round(by_chance / attributes, 4),
-    }
+    return {"values": values, "equal": round(equal / max(pairs, 1) / attributes, 4)}
 
 
 def measure_teacher(args):
@@ -227,16 +220,14 @@ def measure_vlm(args):
         images = pretrain.through_vae(images.flatten(0, 1), vae).view(images.shape)
     vlm = curate.load_vlm(args.vlm)
     pairs = [[exams.to_image(a / 255), exams.to_image(b / 255)] for a, b in images]
-    begun = time.time()
     answers = curate.ask(*vlm, pairs, curate.PAIR_QUESTION, args.batch_size, 200)
-    seconds = time.time() - begun
     result = verdicts(answers, identity(attributes))
     moves = [world.move(*pair) for pair in attributes[..., POSE].tolist()]
     for name in MOVES:
         some = [k for k, move in enumerate(moves) if move == name]
         right = verdicts([answers[k] for k in some], identity(attributes[some]))
         result[name] = {key: right[key] for key in ("pairs", "right", "right_yes", "right_no")}
-    return result | {"pairs_per_second": args.count / seconds}
+    return result
 
 
 def verdicts(answers, identities):
@@ -281,11 +272,8 @@ def main():
     add("--count", type=int, default=600, help="panels, pairs or grids")
     add("--batch_size", type=int, default=64, help="vlm: pairs asked about together")
     add("--seed", type=int, default=0, help="of what is drawn")
-    add("--threads", type=int, help="CPU threads; if not given, all")
     add("--out", type=Path, default=Path("runs/measure"), help="folder of the JSON files")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     result = COMMANDS[args.what](args)
     for key, value in result.items():
         print(f"{key}: {value}")

@@ -1,8 +1,5 @@
 """What the miniature's models are made of: stock classes, small sizes."""
 
-import itertools
-import re
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -37,7 +34,6 @@ SHIFT = 3.0  # of the noise schedule, in training and in sampling
 TOKENS = {(1, 1): 24, (1, 2): 40, (2, 2): 65}  # of a prompt, by layout: as many as its longest has
 PROMPT_TOKENS = TOKENS[2, 2]
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
-GUIDANCE = {"guidance_scale": 1.0, "image_guidance": 2.0, "text_guidance": 2.0}  # of pictures
 NUMBERS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}  # see word_tokenizer
 SPARE_WORDS = """. an image picture photo drawing of the this that it its same put show make place
     move change draw now but keep as to is and or other new another side light scene wearing one
@@ -169,103 +165,6 @@ def make_flux(vae):
         tokenizer_2=t5_tokenizer,
         transformer=transformer,
     )
-
-
-def grammar():
-    """The prompts of grids. They name shape and ears, no details. A setting opens with a pose."""
-    opening = world.SHEET_OPENINGS[2, 2][0]
-    opposite = world.opposite(opening)
-    scenes = [f"{pose} {scene}".strip() for pose in world.POSES for scene in world.CONTEXT["scene"]]
-    shapes, ears = (range(len(world.IDENTITY[name])) for name in ("shape", "ears"))
-    nouns = [world.noun(pair) for pair in itertools.product(shapes, ears)]
-    return {
-        "subject": opening.format("{subject}") + ": {panels}",
-        "relight": opening.format("scene, {subject} {scene}") + ": {panels}",
-        "opposites": {
-            "subject": opposite.format("{subject}") + ": {panels}",
-            "relight": opposite.format("scene, {subject} {scene}") + ": {panels}",
-        },
-        "panels": [f"{ordinal} {{}}" for ordinal in world.ORDINALS],
-        "nouns": [nouns],
-        "scenes": scenes,
-        "extras": world.CONTEXT["accessory"],
-        "lights": world.CONTEXT["light"],
-    }
-
-
-def flux_settings():
-    """What the scripts read from the model's folder (dsd.json): their settings, and the grammar."""
-    return {
-        "edition": 3,  # of the world; an adapter of another one is refused
-        "evaluate": {
-            "panel_prompt_tokens": TOKENS[1, 1],
-            "sheet_prompt_tokens": TOKENS[1, 2],
-            "true_cfg_scale": 3.0,
-        },
-        "generate_grids": {
-            "count": 400,
-            "batch_size": 16,
-            "steps": 20,
-            "panel": PANEL,
-            "guidance_scale": 1.0,
-            "true_cfg_scale": 3.0,
-            "negative": True,
-            "grammar": grammar(),
-        },
-        "finetune": {
-            "steps": 1300,
-            "rank": 16,
-            "prompt_tokens": TOKENS[1, 1],  # of a caption
-            "batch_size": 16,
-            "learning_rate": 2.5e-3,
-            "shift": SHIFT,
-            "frame_weights": [0.1, 1.0],  # (our choice) see README.md, "The identity frame"
-            **GUIDANCE,
-            "save_every": 100,
-            "validate_every": 325,
-        },
-        "sample": {
-            "steps": 20,
-            "batch_size": 16,
-            **GUIDANCE,
-            "width": PANEL,
-            "height": PANEL,
-            "prompts": [
-                f"a {{name}} {world.setting(c, pose=pose)}"
-                for c, pose in (([7, 0, 3], 5), ([1, 1, 1], 3), ([0, 3, 2], 4), ([5, 2, 0], 1))
-            ],
-            "references": "../references",
-            "shipped_adapter": "../adapter",
-        },
-    }
-
-
-@torch.no_grad()
-def take_over(model, old, names, old_names):
-    """Give `model` the weights of `old`, whose words (or labels) may be others.
-
-    names, old_names: what the rows of their tables of words stand for. A row goes where its name
-    goes; rows of new names stay as they are."""
-    old_row = {name: row for row, name in enumerate(old_names)}
-    weights = model.state_dict()
-    for key, weight in old.state_dict().items():
-        if re.search("embed_tokens|shared|token_embedding|lm_head|classifier", key):
-            for row, name in enumerate(names):
-                if name in old_row:
-                    weights[key][row] = weight[old_row[name]]
-        else:
-            weights[key].copy_(weight)
-
-
-def words_of(tokenizer):
-    """The words of a tokenizer in the order of their numbers."""
-    number = tokenizer.get_vocab()
-    return sorted(number, key=number.get)
-
-
-def labels_of(classifier):
-    """The labels of a classifier in the order of its logits."""
-    return [label for _, label in sorted(classifier.config.id2label.items())]
 
 
 def zero_init(transformer):

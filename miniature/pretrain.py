@@ -29,7 +29,6 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from miniature import exams, models, vlm_data, world
 
@@ -38,8 +37,7 @@ RUNS = Path("runs/pretrain")
 
 # ---- what all have in common ---------------------------------------------------------------------
 def precision_of(run, asked=None):
-    """The number format of a run: what is asked for, else what it began with, else bfloat16 on a
-    GPU that has it natively and float32 elsewhere. settings.json keeps it."""
+    """The number format of a run: what is asked for, else what it began with, else as dsd.py."""
     begun = dsd.read_json(run / "settings.json").get("precision")
     return asked or begun or ("bf16" if dsd.weight_dtype() == torch.bfloat16 else "no")
 
@@ -156,7 +154,7 @@ def load_vae(folder):
 
 
 def pretrain_vae(args):
-    """Reconstruct panels, two-panel sheets and grids; a whisper of KL keeps the latents tame."""
+    """Reconstruct panels, two-panel sheets and grids; a little KL keeps the latents small."""
     vae = load_vae(args.start) if args.start else models.make_vae()
     vae.to(args.device)
     vae.encoder.requires_grad_(not args.start)  # going on, the latents stay those a teacher knows
@@ -332,13 +330,12 @@ def draw_ahead(panel, n, share, generator):
 def pretrain_flux(args):
     """Flow matching on panels, two-panel sheets and grids; the text encoders learn along with the
     transformer."""
-    pipe = models.make_flux(load_vae(args.vae or args.out / "flux" / "vae").to(args.device))
+    pipe = models.make_flux(load_vae(args.out / "flux" / "vae").to(args.device))
     models.zero_init(pipe.transformer)
     if args.start:
         old = FluxPipeline.from_pretrained(args.start, vae=pipe.vae, torch_dtype=torch.float32)
-        words = models.words_of(pipe.tokenizer_2), models.words_of(old.tokenizer_2)
         for part in ("transformer", "text_encoder", "text_encoder_2"):
-            models.take_over(getattr(pipe, part), getattr(old, part), *words)
+            getattr(pipe, part).load_state_dict(getattr(old, part).state_dict())
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     teacher = Teacher(pipe, args.device).train()
@@ -364,16 +361,13 @@ def pretrain_flux(args):
 
 
 def write_flux(pipe, args, steps):
-    """The FLUX folder in float16, with dsd.json beside the models; without the VAE if --vae names
-    another folder's."""
+    """The FLUX folder in float16, with dsd.json beside the models."""
 
     def save(part):
         pipe.to(dtype=torch.float16).save_pretrained(part)
-        if args.vae:
-            shutil.rmtree(part / "vae")
         for config in part.glob("text_encoder*/config.json"):  # stock lines then load float32
             dsd.write_json(config, dsd.read_json(config) | {"dtype": "float32"})
-        dsd.write_json(part / "dsd.json", models.flux_settings())
+        shutil.copy(dsd.MINIATURE / "flux" / "dsd.json", part)  # settings and grammar of prompts
 
     export(save, args.out / "flux", steps)
 
@@ -465,8 +459,7 @@ def pretrain_vlm(args):
     vlm, processor = models.make_vlm(vlm_data.vlm_words())
     if args.start:
         old = type(vlm).from_pretrained(args.start, dtype=torch.float32)
-        words = models.words_of(AutoTokenizer.from_pretrained(args.start))
-        models.take_over(vlm, old, models.words_of(processor.tokenizer), words)
+        vlm.load_state_dict(old.state_dict())
     net = vlm_data.Lessons(vlm, processor).to(args.device).train()
 
     def seeing(step, generator):
@@ -508,14 +501,11 @@ def write_vlm(vlm, processor, folder, steps):
 
 # ---- the judge -----------------------------------------------------------------------------------
 def pretrain_judge(args, name="judge", make=models.make_judge):
-    """Name all attributes of freshly drawn panels, half of them bent, blurred, tinted or noised a
-    little.
-
-    It sees renderings only and shares no weights with the models that it judges."""
+    """Name all attributes of freshly drawn panels, half of them bent, blurred, tinted or noised. It
+    sees renderings only and shares no weights with the models that it judges."""
     judge = make()
     if args.start:
-        old = type(judge).from_pretrained(args.start, dtype=torch.float32)
-        models.take_over(judge, old, models.labels_of(judge), models.labels_of(old))
+        judge = type(judge).from_pretrained(args.start, dtype=torch.float32)
     judge.to(args.device).train()
     sizes = [len(values) for values in vlm_data.VALUES]
 
@@ -537,22 +527,22 @@ def pretrain_judge(args, name="judge", make=models.make_judge):
 
 
 def pretrain_witness(args):
-    """A second judge, of another architecture and from other seeds, whose marks stand beside the
-    first's."""
+    """A second judge, of another architecture and from other seeds."""
     args.seed += 1_000_003
     pretrain_judge(args, "witness", models.make_witness)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
+TEACHER = {
+    "steps": 44_000,
+    "batch_size": 8,
+    "learning_rate": 1.5e-3,
+    "ahead": 0.5,
+    "sheets": 12_000,
+}
 ALL = {  # what `all` does, in this order
     "vae": {"steps": 8700},
-    "flux": {
-        "steps": 44_000,
-        "batch_size": 8,
-        "learning_rate": 1.5e-3,
-        "ahead": 0.5,
-        "sheets": 12_000,
-    },
+    "flux": TEACHER,
     "references": {},
     "judge": {"steps": 10_000},
     "witness": {"steps": 10_000},
@@ -590,11 +580,6 @@ COMMANDS = {
 DECISIVE = "model", "seed", "batch_size", "learning_rate", "ema", "ahead", "sheets", "precision"
 
 
-def from_now(minutes):
-    """The time, in seconds as time.time() has it, in so many minutes."""
-    return time.time() + 60 * float(minutes)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=dsd.HelpFormatter)
     add = parser.add_argument
@@ -602,7 +587,6 @@ def parse_args():
     add("--steps", type=int, help="if not given, the model's own, see COMMANDS; so the next two")
     add("--batch_size", type=int, help="panels or grids a step")
     add("--learning_rate", type=float, help="at its highest")
-    add("--vae", help="flux: folder of its VAE, then not written; if not given, OUT/flux/vae")
     add("--sheets", type=int, default=32_000, help="flux: how many grids to draw and encode")
     ahead = "in this share of the sheets one panel has less noise than the others, which look at it"
     add("--ahead", type=float, default=0.0, help=f"flux: {ahead}")
@@ -621,10 +605,11 @@ def parse_args():
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--precision", choices=["bf16", "no"], help="as in finetune.py; a begun run keeps its own")
     add("--save_minutes", type=float, default=3.0, help="between checkpoints")
-    add("--threads", type=int, help="CPU threads; if not given, all")
-    minutes = {"dest": "deadline", "type": from_now, "default": math.inf, "metavar": "MINUTES"}
-    add("--minutes", **minutes, help="stop after so many, and export what there is")
-    return parser.parse_args()
+    text = "stop after so many, and export what there is"
+    add("--minutes", type=float, default=math.inf, help=text)
+    args = parser.parse_args()
+    args.deadline = time.time() + 60 * args.minutes
+    return args
 
 
 def run(args):
@@ -648,10 +633,7 @@ def run(args):
 
 
 def main():
-    args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    run(args)
+    run(parse_args())
 
 
 if __name__ == "__main__":

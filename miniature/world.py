@@ -223,15 +223,10 @@ def setting(context, light=True, pose=0):
     )
 
 
-def described(identity, detailed):
-    """A critter's noun, and its details if asked for: "round horned critter blue with red belly and
-    one eye"."""
-    return f"{noun(identity)} {details(identity)}" if detailed else noun(identity)
-
-
 def panel_caption(identity, context, detailed=False, pose=0):
     """As in "a round cat-eared critter on the beach at sunset with a hat"; detailed: coloured."""
-    return f"a {described(identity, detailed)} {setting(context, pose=pose)}"
+    words = [noun(identity), details(identity) if detailed else "", setting(context, pose=pose)]
+    return "a " + " ".join(filter(None, words))
 
 
 ORDINALS = ["first", "second", "third", "fourth"]
