@@ -533,16 +533,10 @@ def pretrain_witness(args):
 
 
 # ---- all of them ---------------------------------------------------------------------------------
-TEACHER = {
-    "steps": 44_000,
-    "batch_size": 8,
-    "learning_rate": 1.5e-3,
-    "ahead": 0.5,
-    "sheets": 12_000,
-}
+FLUX = {"steps": 44_000, "batch_size": 8, "learning_rate": 1.5e-3, "ahead": 0.5, "sheets": 12_000}
 ALL = {  # what `all` does, in this order
     "vae": {"steps": 8700},
-    "flux": TEACHER,
+    "flux": FLUX,
     "references": {},
     "judge": {"steps": 10_000},
     "witness": {"steps": 10_000},
