@@ -176,13 +176,18 @@ def add_lora(transformer, rank):
     LoRA, on x_embedder, which is exact: A = [0 | I] (frozen), B = W_c, scale 1. So what is trained
     is what is saved, and the file is a standard FLUX Control LoRA. All B are zero at the start, so
     the output is still the teacher's."""
-    targets, channels = ["x_embedder"], transformer.config.out_channels
+    channels = transformer.config.out_channels  # 64
+    targets = ["x_embedder"]
     for name, layer in transformer.named_modules():
         if isinstance(layer, torch.nn.Linear) and "blocks." in name:
             targets.append(name)
-    own = {"x_embedder": channels}  # its rank
+    exceptions = {"x_embedder": channels}  # its rank and alpha are 64, all others' are `rank`
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=targets, rank_pattern=own, alpha_pattern=own
+        target_modules=targets,
+        r=rank,
+        lora_alpha=rank,  # so the scale alpha / r is 1
+        rank_pattern=exceptions,
+        alpha_pattern=exceptions,
     )
     transformer.requires_grad_(False)
     transformer.add_adapter(config)
@@ -207,8 +212,8 @@ def run_transformer(transformer, tokens, sigma, text, ids, guidance_scale):
     tokens (B, N, 128); text: T5's embeddings (B, L, D) and CLIP's pooled one (B, P); ids (N, 3);
     guidance_scale: distilled guidance, for models that have it."""
     embeds, pooled = text
-    model = getattr(transformer, "module", transformer)  # several GPUs: training wraps the model
-    guidance = torch.full_like(sigma, guidance_scale) if model.config.guidance_embeds else None
+    config = getattr(transformer, "module", transformer).config  # several GPUs wrap the model
+    guidance = torch.full_like(sigma, guidance_scale) if config.guidance_embeds else None
     return transformer(
         hidden_states=tokens,
         timestep=sigma.to(tokens.dtype),
@@ -262,9 +267,14 @@ def guided_velocity(model, x, condition, text, null_text, s_i=1.0, s_t=1.0):
 def start_schedule(pipe, steps, tokens):
     """Set the scheduler to so many Euler steps for an image of so many tokens, as stock pipelines
     do: FLUX.1-dev shifts the noise levels by them. Returns the timesteps, 1000 sigma."""
-    c = pipe.scheduler.config
-    ends = c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift
-    mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens, *ends)
+    config = pipe.scheduler.config
+    mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
+        tokens,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
     sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
     pipe.scheduler.set_timesteps(sigmas=sigmas, device=pipe._execution_device, mu=mu)
     return pipe.scheduler.timesteps
@@ -288,21 +298,19 @@ def sample_edit(
 ):
     """Zero-shot sampling (section 3.3): B images of the references' subjects, as the prompts say.
     references (B, 3, H, W) in [-1, 1]; text and null_text from `encode_prompts`; seeds: B numbers,
-    one for each image's own generator, so that the batch size changes an image by rounding only;
-    the first steps are not guided (released code). Both frames are denoised from noise and the left
-    one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone.
-    clean_reference (not the paper's way): frame 1 is the reference, see `with_clean_reference`.
-    canvases: a list; it is given the B images that the canvas shows after each step."""
+    of each image's own generator. The first steps are not guided, both frames are denoised from
+    noise, the left one is thrown away (released code). frames=1 (an ablation) draws frame 2 alone;
+    canvases: a list that is given the B images on the canvas after each step."""
     vae, transformer = pipe.vae, pipe.transformer
     dtype, device = transformer.dtype, pipe._execution_device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shown = canvas(references) if frames == 2 else references  # (B, 3, H, frames W)
     height, width = shown.shape[2:]
-    size = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+    size = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor  # in latent pixels
     condition = encode(vae, shown, generators).to(dtype)  # (B, N, 64), sampled (released code)
-    x, ids = pipe.prepare_latents(
+    x, ids = pipe.prepare_latents(  # (B, N, 64) and (N, 3)
         len(seeds), vae.config.latent_channels, height, width, dtype, device, generators
-    )  # (B, N, 64) and (N, 3)
+    )
 
     def predict(sigma, x, condition, text):
         if clean_reference:
@@ -320,7 +328,6 @@ def sample_edit(
             x, _ = with_clean_reference(x, condition, ids)
         if canvases is not None:
             canvases.append(decode_images(pipe, x, *size))
-
     images = decode_images(pipe, x, *size)
     pipe.maybe_free_model_hooks()  # --offload model moves the last part back to main memory
     return [cut_grid(image, 1, frames)[-1] for image in images]
@@ -354,10 +361,13 @@ def writing(path):
 
 def write_json(path, value):
     """Write a JSON file; in a file named *.jsonl each item of a list gets a line of its own."""
-    items, indent = (value, None) if Path(path).suffix == ".jsonl" else ([value], 2)
-    lines = [json.dumps(item, indent=indent, ensure_ascii=False) + "\n" for item in items]
+    if Path(path).suffix == ".jsonl":
+        lines = [json.dumps(item, ensure_ascii=False) for item in value]
+    else:
+        lines = [json.dumps(value, ensure_ascii=False, indent=2)]
+    text = "".join(line + "\n" for line in lines)
     with writing(path) as part:
-        part.write_bytes("".join(lines).encode(errors="backslashreplace"))
+        part.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def read_json(path):
@@ -405,7 +415,8 @@ def save_adapter(transformer, folder, facts, dtype=torch.float32):
     order for several."""
     config = transformer.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
-    about = {f"transformer.{name}": value for name, value in config.items()} | {"dsd": facts}
+    about = {f"transformer.{name}": value for name, value in config.items()}
+    about["dsd"] = facts
     tensors = {}
     for name, tensor in get_peft_model_state_dict(transformer).items():
         tensors[f"transformer.{name}"] = tensor.detach().to("cpu", dtype).contiguous()
@@ -426,9 +437,10 @@ def adapter_facts(adapter):
     """What `save_adapter` was told, {name: number}; an adapter of others draws two frames."""
     file = adapter_file(adapter)
     with explained(f"the adapter {file} cannot be read"), safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        paper = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
-        return paper | about.get("dsd", {})
+        metadata = opened.metadata() or {}
+        about = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        of_others = {"frames": 2, "clean_reference": False, "prompt_tokens": None}
+        return of_others | about.get("dsd", {})
 
 
 def check_edition(model, adapter):
@@ -448,8 +460,9 @@ def load_adapter(pipe, adapter):
     with explained(f"the adapter {file} does not fit this model"):  # wrong shapes, a cut file
         if (file.parent / "transformer").is_dir():
             load_released_transformer(pipe.transformer, file.parent / "transformer")
-        how = {"use_safetensors": True, "adapter_name": "default"}
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, **how)
+        pipe.load_lora_weights(
+            str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="default"
+        )
     if pipe.transformer.config.in_channels == 64:  # it was not widened
         raise DsdError(f"{file} is an ordinary LoRA, which takes no reference")
 
@@ -516,10 +529,9 @@ def load_pipeline(
     with explained(f"cannot load {model} as {cls.__name__}"):  # a cut file, a missing part
         pipe = cls.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
     pipe.set_progress_bar_config(disable=True)
-    limit = 512 if pipe.scheduler.config.use_dynamic_shifting else 256  # FLUX.1-schnell
-    pipe.tokenizer_2.model_max_length = min(
-        pipe.tokenizer_2.model_max_length, prompt_tokens or limit
-    )
+    t5, is_schnell = pipe.tokenizer_2, not pipe.scheduler.config.use_dynamic_shifting
+    limit = prompt_tokens or (256 if is_schnell else 512)
+    t5.model_max_length = min(t5.model_max_length, limit)
     if adapter:
         load_adapter(pipe, adapter)  # before offloading takes the weights away
     if offload == "model":
@@ -532,11 +544,12 @@ def load_pipeline(
 def load_language_model(cls, name, quantize):
     """A chat model or a vision-language model on the device."""
     check_here(name)
-    how = {"dtype": weight_dtype(), "device_map": str(PartialState().device)}
+    dtype, device, config = weight_dtype(), str(PartialState().device), None
     if quantize == "nf4":
-        nf4 = {**NF4, "bnb_4bit_compute_dtype": weight_dtype()}
-        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    return cls.from_pretrained(name, use_safetensors=True, **how).eval()
+        config = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+    return cls.from_pretrained(
+        name, use_safetensors=True, dtype=dtype, device_map=device, quantization_config=config
+    ).eval()
 
 
 def warn_of_prompts(pipe, prompts):
@@ -624,11 +637,13 @@ class Parser(argparse.ArgumentParser):
         raise DsdError(f"{message}; --help explains the options")
 
     def peek(self, name):
-        """The value of --name on the command line, on which the defaults of others depend."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        """The value of --name on the command line, on which the defaults of others depend. What is
+        wrong with the other options is said when all are parsed."""
         default = self.get_default(name)
-        first.add_argument(f"--{name}", dest="value", nargs="?", default=default, const=default)
-        return first.parse_known_args()[0].value
+        only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        only.add_argument(f"--{name}", dest="value", nargs="?", default=default, const=default)
+        known, _ = only.parse_known_args()
+        return known.value
 
     def parse(self, script, folder="model", **more):
         """The options. Defaults, the strongest last: those in the code, those for this script in
@@ -697,9 +712,10 @@ def open_out(args, script, changeable, **more):
         with explained(f"{args.out} is in use by another process; give another --out"):
             lock.acquire(blocking=False)
         before = read_json(file)
-        changed = [name for name in before | run if before.get(name) != run.get(name)]
-        own = ".lock", file.name, f"{file.name}.part"
-        if changed and any(path.name not in own for path in args.out.iterdir()):
+        changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
+        ours = ".lock", file.name, f"{file.name}.part"
+        holds_more = any(path.name not in ours for path in args.out.iterdir())
+        if changed and holds_more:
             was = f"its {changed[0]} was {str(before.get(changed[0]))[:60]}"
             holds = f"{args.out} holds another run or other files ({was})"
             raise DsdError(f"{holds}; delete it or give another --out")

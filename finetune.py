@@ -57,7 +57,7 @@ def read_pairs(args):
         raise dsd.DsdError(f"no pairs in {args.pairs}; run curate.py first, or give --pairs")
     unique = {}  # (reference, target, prompt) -> record
     for record in dsd.read_records(path, *FILES, "prompt"):
-        record["grid"] = str(record.get("grid", record["reference_file_name"]))
+        record["grid"] = str(record.get("grid", record["reference_file_name"]))  # others name none
         unique[tuple(record[name] for name in (*FILES, "prompt"))] = record
     records = list(unique.values())
     if not records or not all(record["prompt"].strip() for record in records):
@@ -123,8 +123,9 @@ def draw_batch(pairs, null_text, args, generator, accelerator):
     n = args.batch_size
     indices = torch.randint(len(pairs), (n,), generator=generator)
     sigma = dsd.sample_sigmas(n, args.shift, generator)
-    # (Our choice) Half of the pairs that lose their reference lose their prompt too, as one u
-    # decides: guidance needs v(0,0) as well as v(I,0).
+    # (Our choice) Half of the pairs without reference have no prompt: guidance needs v(0,0) too.
+    #   u:  0 ...... half ...... condition_dropout ...... half + prompt_dropout ...... 1
+    #       no reference | neither                | no prompt                   | both are shown
     u = torch.rand(n, generator=generator)
     half = args.condition_dropout / 2
     no_reference = u < args.condition_dropout  # (n,)
@@ -195,14 +196,14 @@ def make_optimizer(transformer, args):
     """The trainable parameters, and AdamW on them, whose learning rates `train` sets each step."""
     columns = transformer.x_embedder.lora_B["default"].weight  # W_c, see dsd.add_lora
     others = [p for p in transformer.parameters() if p.requires_grad and p is not columns]
-    groups = [
-        {"params": others, "factor": args.lora_lr_factor},
+    groups = [  # "factor" is ours: `train` multiplies the learning rate by it
+        {"params": others, "factor": 1.0},
         {"params": [columns], "factor": args.condition_lr_factor},
     ]
-    adamw = torch.optim.AdamW
+    optimizer_class = torch.optim.AdamW
     if args.quantize != "none":  # moments of 8 bits beside quantised weights
-        from bitsandbytes.optim import AdamW8bit as adamw
-    return [*others, columns], adamw(groups, weight_decay=0.0)
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    return [*others, columns], optimizer_class(groups, weight_decay=0.0)
 
 
 def save_checkpoint(transformer, parameters, optimizer, log, args):
@@ -286,8 +287,8 @@ def validate(pipe, held_out, null_text, args, step):
     Pairs, noise and noise levels are the same at every step, so that losses can be compared."""
     device, generator = pipe.transformer.device, torch.Generator().manual_seed(0)
     chosen = random.Random(0).sample(held_out, min(24, len(held_out)))
-    few_steps = not pipe.scheduler.config.use_dynamic_shifting  # FLUX.1-schnell
-    steps = dsd.folder_settings(args.model, "sample").get("steps", 4 if few_steps else 20)
+    is_schnell = not pipe.scheduler.config.use_dynamic_shifting
+    steps = dsd.folder_settings(args.model, "sample").get("steps", 4 if is_schnell else 20)
     settings = {name: getattr(args, name) for name in ("frames", "clean_reference", *SCALES)}
     losses, rows = 0, []
     for i in range(0, len(chosen), args.batch_size):
@@ -336,15 +337,14 @@ def parse_args():
     whole, shift = dsd.at_least(0), dsd.at_least(1e-9, float)
     add("--model", default=dsd.MINIATURE / "flux", help="the teacher: a FLUX folder or hub name")
     add("--pairs", type=Path, default=Path("runs/pairs"), help="what curate.py wrote")
-    add("--width", type=positive, help="of a frame in pixels (default: the first picture's)")
-    add("--height", type=positive, help="of a frame in pixels (default: the first picture's)")
+    for side in ("--width", "--height"):
+        add(side, type=positive, help="of a frame in pixels (default: the first picture's)")
     add("--steps", type=positive, default=10_000, help="optimiser steps")
     add("--rank", type=positive, default=64, help="rank of the LoRA; the paper's is 512")
     add("--batch_size", type=positive, default=1, help="pairs per step, over all processes")
     add("--accumulate", type=positive, default=1, help="batches per step")
     add("--learning_rate", type=amount, default=1e-4, help="of AdamW, after a warm-up")
     add("--condition_lr_factor", type=amount, default=5.0, help="for the condition columns")
-    add("--lora_lr_factor", type=amount, default=1.0, help="ablation: 0 trains these columns alone")
     add("--shift", type=shift, default=3.0, help="of the noise levels; larger means noisier")
     text = "share of pairs without reference, half of them without prompt too; for image guidance"
     add("--condition_dropout", type=amount, default=0.1, help=text)
