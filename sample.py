@@ -76,7 +76,7 @@ def enhance(args, references):
                 model = model or curate.load_vlm(args.enhance, args.quantize)
                 question = [[image]], curate.DETAILS_QUESTION
                 (answer,) = curate.ask(*model, *question, batch_size=1, max_new_tokens=40)
-                seen[file] = answer.removesuffix(curate.TRUNCATED).strip()
+                seen[file] = answer
                 dsd.write_json(path, seen)
             print(f"{file}: {seen[file]}")
     return seen

@@ -297,10 +297,9 @@ POINTS = r"([0-4])(?:\.0+)?(?![.\d]*\d)"
 
 
 def parse_score(answer):
-    """The last "score: N" of an answer as N / 4; None if there is none from 0 to 4, or if the
-    answer was cut short."""
+    """The last "score: N" of an answer as N / 4; None if there is none from 0 to 4."""
     found = re.findall(HEADING + POINTS, answer, re.IGNORECASE)
-    return int(found[-1]) / 4 if found and not answer.endswith(curate.TRUNCATED) else None
+    return int(found[-1]) / 4 if found else None
 
 
 def vlm_scores(vlm, questions, cases, images):

@@ -353,7 +353,7 @@ def test_an_answer_counts_only_with_a_subject_and_four_different_settings(answer
 # ---- curation with known answers -----------------------------------------------------------------
 YES = "subject: fox\nimage 1: red\nimage 2: red\ncompare: colour same, ears same\nverdict: yes"
 NO = "subject: fox\nimage 1: red\nimage 2: blue\ncompare: colour different, ears same\nverdict: no"
-ANSWERS = [YES, NO, NO, f"subject: fox {curate.TRUNCATED}", NO, "yes, they look the same"]
+ANSWERS = [YES, NO, NO, NO.replace("verdict: no", ""), NO, "yes, they look the same"]
 COPY = critter(7, [1, 0, 0])
 PANELS = {  # of two grids, by their family
     "subject": [critter(7, [scene, 0, 0]) for scene in range(4)],
@@ -385,10 +385,12 @@ def curated(tmp_path, monkeypatch, step):
 
 def training_pairs(folder):
     """(grid, reference panel, target panel, prompt) of every pair that curate.py wrote."""
-    return [
-        (r["grid"], r["reference_panel"], r["target_panel"], r["prompt"])
-        for r in dsd.read_records(folder / "metadata.jsonl")
-    ]
+    pairs = []
+    for record in dsd.read_records(folder / "metadata.jsonl"):
+        files = record["reference_file_name"], record["target_file_name"]
+        panels = [int(Path(file).stem.split("_")[1]) for file in files]
+        pairs.append((record["grid"], *panels, record["prompt"]))
+    return pairs
 
 
 def test_accepted_pairs_become_training_pairs_in_both_orders_and_some_are_set_aside(
@@ -398,7 +400,7 @@ def test_accepted_pairs_become_training_pairs_in_both_orders_and_some_are_set_as
     first, second = (
         dsd.read_json(file)["pairs"] for file in sorted((folder / "transcripts").iterdir())
     )
-    wanted = ["yes", "no", "no", "truncated", "no", "unparsable"]
+    wanted = ["yes", "no", "no", "unparsable", "no", "unparsable"]
     assert [r["verdict"] for r in first] == wanted
     wanted = ["blank", "blank", "blank", "copies", "yes", "no"]
     assert [r["verdict"] for r in second] == wanted
@@ -406,14 +408,14 @@ def test_accepted_pairs_become_training_pairs_in_both_orders_and_some_are_set_as
     assert training_pairs(folder) == [
         (0, 0, 1, "caption 1"),
         (0, 1, 0, "caption 0"),
-        (1, 1, 3, "caption 3"),
-        (1, 3, 1, "caption 2"),
+        (1, 1, 3, "caption 7"),
+        (1, 3, 1, "caption 5"),
     ]
     for record in dsd.read_records(folder / "metadata.jsonl"):
         assert record["family"] == ["subject", "relight"][record["grid"]]
         assert (folder / record["reference_file_name"]).exists()
         assert (folder / record["target_file_name"]).exists()
-    counts = {"yes": 2, "no": 4, "truncated": 1, "unparsable": 1, "blank": 3, "copies": 1}
+    counts = {"yes": 2, "no": 4, "unparsable": 2, "blank": 3, "copies": 1}
     counts |= {"pairs": 12, "training_pairs": 4, "accept_rate": round(1 / 6, 4)}
     assert dsd.read_json(folder / "summary.json").items() >= counts.items()
     assert (folder / "accepted.png").exists() and (folder / "rejected.png").exists()
@@ -432,8 +434,9 @@ def test_datasets_reads_the_pairs_as_an_imagefolder(curated, tmp_path):
     assert difference(rows[0]["target"].convert("RGB"), target) == 0
 
 
-def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curated, step):
+def test_a_verdict_that_is_overruled_takes_effect_without_the_model(curated, step, monkeypatch):
     folder, start = curated
+    monkeypatch.setattr(curate, "load_vlm", None)
     for grid, pair, verdict in ((0, 2, "yes"), (1, 4, "no")):
         file = folder / "transcripts" / f"{grid:06d}.json"
         told = dsd.read_json(file)
@@ -443,7 +446,7 @@ def test_a_verdict_that_is_overruled_takes_effect_and_its_caption_is_made(curate
     assert training_pairs(folder) == [
         (0, 0, 1, "caption 1"),
         (0, 1, 0, "caption 0"),
-        (0, 0, 3, "caption 1"),
+        (0, 0, 3, "caption 3"),
         (0, 3, 0, "caption 0"),
     ]
     assert dsd.read_json(folder / "summary.json")["yes"] == 2
@@ -458,14 +461,6 @@ def test_a_grid_behind_which_another_picture_lies_is_asked_about_again(curated, 
     changed = {name for name in after if after[name] != before[name]}
     assert "transcripts/000000.json" in changed and "images/000000_0.png" in changed
     assert not any("000001" in name for name in changed)
-
-
-def test_a_panel_that_was_deleted_is_cut_again(curated, step):
-    folder, start = curated
-    before = written(folder)
-    (folder / "images" / "000001_2.png").unlink()
-    step(*start)
-    assert written(folder) == before
 
 
 # ---- sampling ------------------------------------------------------------------------------------
