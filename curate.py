@@ -58,7 +58,9 @@ def load_vlm(name, quantize="none"):
         vlm = dsd.load_language_model(AutoModelForImageTextToText, name, quantize)
         processor = AutoProcessor.from_pretrained(name)
         processor.apply_chat_template(conversation(1, "?"))  # fails without a template
-        processor.tokenizer.padding_side = "left"  # every answer starts where its question ends
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # every answer starts where its question ends
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return vlm, processor
 
 
@@ -91,6 +93,7 @@ def ask(vlm, processor, cases, questions, batch_size, max_new_tokens):
 
 # ---- understanding the answer --------------------------------------------------------------------
 STEPS = ["subject", "image 1", "image 2", "compare", "verdict"]
+VERDICTS = {"yes", "no", "unparsable", "blank", "copies"}
 HEADING = (
     r"(?:(?:step )?\d[.):] *)?"  # "2. " or "Step 2: "
     r"(subject|image 1|image 2|compare|comparison|verdict) *"
@@ -134,8 +137,7 @@ def parse(answer, tolerance=0):
     # "yes/no" and "yes or no" say nothing; "yes, no differences" does
     undecided = {"yes", "no"} <= set(words) <= {"yes", "no", "or", "and"}
     if undecided or words[:1] not in (["yes"], ["no"]):
-        needed = "the five steps with one yes or no at the end, within --max_new_tokens"
-        return "unparsable", f"unparsable: not {needed}"
+        return "unparsable", "unparsable: not the five steps with one yes or no at the end"
     if words[0] == "yes":
         return "yes", f"yes: {steps['subject']}"
     differing = differing_parts(steps["compare"])
@@ -213,9 +215,13 @@ def caption_pairs(batch, records, model, args):
 
 def read_transcript(number, grid, args):
     """The saved records of a grid's pairs; [] without any, or if they are of another picture."""
-    saved = dsd.read_json(args.out / f"transcripts/{number:06d}.json")
-    same = saved.get("picture") == dsd.digest(args.grids / grid["file"])
-    return saved["pairs"] if same else []
+    file = args.out / f"transcripts/{number:06d}.json"
+    saved = dsd.read_json(file)
+    if saved.get("picture") != dsd.digest(args.grids / grid["file"]):
+        return []
+    if {record["verdict"] for record in saved["pairs"]} - VERDICTS:
+        raise dsd.DsdError(f'{file}: "verdict" must be "yes" or "no"; correct it')
+    return saved["pairs"]
 
 
 def curate_batch(batch, model, args):
@@ -243,7 +249,8 @@ def training_pairs(accepted):
             pair["target_file_name"] = panel_file(record["grid"], target)
             pair["prompt"] = record["captions"][str(target)]
             pair |= {name: record[name] for name in ("subject", "family", "grid")}
-            pairs.append(pair)
+            if pair["prompt"]:  # a VLM may say nothing
+                pairs.append(pair)
     return pairs
 
 

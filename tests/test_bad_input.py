@@ -247,6 +247,11 @@ def cut(data):
     return data[: len(data) // 2]
 
 
+def transcript(*pairs):
+    """A function that puts other pairs into a transcript."""
+    return lambda data: json.dumps(json.loads(data) | {"pairs": pairs}).encode()
+
+
 def tensors(change=lambda old: old, **metadata):
     """A function that changes a safetensors file. change: {name: tensor} -> {name: tensor}."""
 
@@ -306,11 +311,11 @@ BROKEN = [
     ("sample", f"adapter/{ADAPTER}", facts({}), "trained on edition None"),
     ("sample", f"adapter/{ADAPTER}", facts({"edition": 2}), "trained on edition 2"),
     # records
-    ("curate", "grids/grids.jsonl", b"", "0 of 0 grids are in grids"),
+    ("curate", "grids/grids.jsonl", b"", "0 of 0 grids are in"),
     ("curate", "grids/grids.jsonl", b"no JSON\n", "grids/grids.jsonl, line 1"),
     ("curate", "grids/grids.jsonl", b"[" * 100_000, "grids/grids.jsonl, line 1"),
     ("curate", "grids/grids.jsonl", records({"file": "a.png"}), "grids/grids.jsonl, line 1"),
-    ("curate", "grids/000000.png", None, "0 of 1 grids are in grids"),
+    ("curate", "grids/000000.png", None, "0 of 1 grids are in"),
     ("finetune", "pairs/metadata.jsonl", b"", "no pairs"),
     ("finetune", "pairs/metadata.jsonl", records({"file": "a.png"}), "metadata.jsonl, line 1"),
     ("finetune", "pairs/metadata.jsonl", records(PAIR | {"prompt": 7}), "metadata.jsonl, line 1"),
@@ -452,6 +457,7 @@ DAMAGE = [  # script, a file that it has written, what it is replaced by, words
     ("finetune", "cache/*", cut, "cache ... delete"),
     ("finetune", "cache/*", NOT_FINITE, "not finite at step 2 ... kept ... --learning_rate"),
     ("curate", TRANSCRIPT, b"nonsense", "000000.json ... restore or delete it"),
+    ("curate", TRANSCRIPT, transcript({"verdict": "Ja"}), "000000.json ... correct it"),
 ]
 
 

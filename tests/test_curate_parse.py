@@ -1,8 +1,6 @@
 """What curate.py makes of answers as public vision-language models of several families write them,
 and of the grids it is given. The texts are our own; what is real about them is their form."""
 
-import dsd
-
 import argparse
 from unittest.mock import Mock
 

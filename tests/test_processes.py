@@ -67,7 +67,7 @@ def test_curate_asks_about_every_pair_and_keeps_the_transcripts(chain):
         assert [r["panels"] for r in pairs] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
         records += pairs
     assert all(r["question"] and r["answer"] and r["reason"] for r in records)
-    assert {r["verdict"] for r in records} <= {"yes", "no", "unparsable", "truncated"}
+    assert {r["verdict"] for r in records} <= {"yes", "no", "unparsable"}
     for k, panel in enumerate(dsd.cut_grid(dsd.open_image(chain[0] / "runs/grids/000002.png"))):
         assert dsd.open_image(folder / f"images/000002_{k}.png").tobytes() == panel.tobytes()
     summary = dsd.read_json(folder / "summary.json")

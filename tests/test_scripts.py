@@ -5,6 +5,7 @@ import dsd
 import json
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
